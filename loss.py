@@ -162,7 +162,7 @@ def policy_loss(logp, old_logp, ref_logp, advantages, mask, *, clip_low, clip_hi
             [ 1.,  1.],
             [ 1.,  1.],
             [ 2.,  0.]])
-    >>> gradient("dapo") * 28         # -Â r / 7 tokens, whichever response they are in
+    >>> gradient("dapo").mul(28).round()   # -Â r / 7 tokens, whichever response they are in
     tensor([[-3., -3.],
             [ 1.,  1.],
             [ 1.,  1.],
