@@ -1,0 +1,1082 @@
+"""ScRPO, Self-correction Relative Policy Optimization ("From Errors to Insights", arXiv 2511.06065).
+
+    torchrun --standalone train.py                                     # the embedded toy: minutes on 2 CPU cores
+    torchrun --standalone --nproc_per_node=2 train.py                  # the same samples, shared by two ranks
+    torchrun --standalone train.py --algorithm grpo                    # the baselines, by the same loop: grpo, dapo
+    torchrun --standalone --nproc_per_node=8 train.py configs/r1_distill_1.5b_8gpu.yaml    # the paper's setting
+    torchrun --standalone train.py --output_dir runs/mine --resume     # starts it, or goes on exactly where it stopped
+
+The algorithm (numbers are this project's, README maps each to its line; B questions a step, G samples each):
+
+    E = {}; stage = 1
+    for step in 1, 2, ...:
+        1. stage 1 -> 2 when |E| >= N, back when |E| < B                                      Eq. 9    next_stage
+        2. stage 1, trial and error: B questions, G responses each, reward R,                 Eq. 1    trial_and_error
+           advantage Â relative to the group,                                                 Eq. 2
+           wrong responses to informative questions go to the pool E                          Eqs. 7, 8
+        3. stage 2, self-correction: the B oldest errors, G corrections each, reward R',      Eqs. 10, 11  self_correction
+           and m, which lets only the analysis of a successful correction carry gradient      Eq. 12
+        4. one or more optimizer steps on the clipped surrogate                               Eqs. 3-6, 13, 14  update
+
+How it stays simple at any size:
+
+1. Every rank samples and grades its own questions; then one gather gives all groups to all ranks. From there on
+   everything but the forward passes is the same pure computation on every rank: the pool, the denominators, who
+   trains on what. Nothing has to be broadcast, and there is no special rank in the algorithm.
+2. All randomness is a function of (seed, step, question, sample), never of a generator's history. So rank count,
+   batch size and restarts change nothing, and a checkpoint needs no random state.
+3. Loss tokens are counted over the whole optimizer step before the first micro-batch; sums are divided by that count
+   and multiplied by the number of ranks, because DDP averages. Not a mean per micro-batch: it would weigh tokens by
+   the company they happen to be in.
+4. Weights are computed with in bf16 on a GPU, and kept in fp32, each parameter's master and Adam moments on one rank.
+   At lr 1e-6 an update is smaller than half a bf16 step, and most of it would be rounded away.
+
+Left out on purpose: tensor parallelism, off-policy rollouts, a reward model, more than one turn of correction.
+"""
+
+import hashlib
+import io
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, Optional
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import yaml
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+
+from error_pool import ErrorPool, correction_prompt, next_stage
+from evaluate import accuracy, fail, gather, sample_answers, sample_corrections, start_distributed, warn
+from loss import (analysis_mask, carries_gradient, deal, group_advantages, importance_weights, overlong_punishment,
+                  policy_loss, step_denominator, token_logprobs)  # fmt: skip
+from reward import Grader, find_correction
+from rollout import Problem, Sample, fits, load_problems, make_engine, render, sample_seed, solution_prompt
+
+HERE = Path(__file__).resolve().parent
+
+
+# ============================================================================================= 1. settings
+
+
+def flag(default, text):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Config:
+    """ScRPO on one or many GPUs, or on a CPU. Without a flag: the embedded toy. A YAML file of these names may come
+    first; flags after it win."""
+
+    # What is trained, on what
+    model: str = flag(str(HERE / "toy"), "folder or hub id of a Hugging Face causal language model")
+    train_data: str = flag(str(HERE / "toy" / "train.jsonl"), "JSONL with `problem` and `answer`, or a hub dataset id")
+    eval_data: str = flag(str(HERE / "toy" / "test.jsonl"), "held-out problems, in the same form")
+    output_dir: Optional[str] = flag(None, "where everything is written; default: a fresh runs/NNN")
+    resume: bool = flag(False, "go on from the newest whole checkpoint in output_dir, or start if there is none")
+    seed: int = flag(0, "all randomness is a function of (seed, step, question, sample)")
+    # The algorithm
+    algorithm: Literal["scrpo", "grpo", "dapo"] = flag("scrpo", "scrpo: both stages; grpo, dapo: stage 1 only, the baselines")
+    steps: int = flag(60, "rollouts, each with its update(s), in either stage (TRL: max_steps)")
+    epochs: int = flag(0, "stop after so many passes over the training questions; 0: only `steps` counts")
+    questions_per_step: int = flag(32, "B, questions or errors a step over all ranks (TRL: generation_batch_size / num_generations)")
+    group_size: int = flag(8, "G, samples a question (TRL: num_generations)")
+    max_new_tokens: int = flag(160, "longest response; also L_max of Eq. 6's dr_grpo (TRL: max_completion_length)")
+    temperature: float = flag(1.0, "of sampling, and of every log-probability (TRL: temperature)")
+    updates_per_rollout: int = flag(2, "optimizer steps a rollout is cut into (TRL: steps_per_generation)")
+    scale: Literal["std", "none"] = flag("std", "Eq. 2: divide by the group's std, or not, as Dr. GRPO (TRL: scale_rewards)")
+    clip_low: float = flag(0.2, "Eq. 5's lower clip; 0.2: GRPO (TRL: epsilon)")
+    clip_high: Optional[float] = flag(None, "Eq. 5's upper clip; default 0.2: GRPO, 0.28 with dapo (TRL: epsilon_high)")
+    beta: float = flag(0.0, "Eq. 5's KL weight; DeepSeekMath 0.04, DeepSeek-R1 0.001, DAPO 0: no reference model then (TRL: beta)")
+    reduction: Optional[Literal["grpo", "dapo", "dr_grpo"]] = flag(None, "Eq. 6; default grpo, dapo with dapo (TRL: loss_type)")
+    importance_cap: float = flag(2.0, "C of Eq. 14 [ours], 0: off (TRL: vllm_importance_sampling_cap)")
+    # Error pool and stage 2
+    pool_trigger: int = flag(32, "N of Eq. 9: errors that start stage 2 [ours]")
+    min_variance: float = flag(0.15, "tau of Eq. 7, at most 0.25; 0: no filter [0.15 is ours: 2 to 6 right of 8]")
+    errors_per_question: int = flag(1, "Eq. 8: wrong responses kept of a group [ours]")
+    train_stages: Literal["both", "1", "2"] = flag("both", "ablation: stages whose samples are trained on; all are sampled")
+    success_conditioned: bool = flag(True, "Eq. 12; off (ablation): failed corrections' analyses carry their negative advantage")
+    credit: Literal["analysis", "response"] = flag("analysis", "Eq. 12; response (ablation): every token of a correction")
+    analysis_span: Literal["sections", "prefix"] = flag("sections", "Eq. 12; prefix: all before `Corrected Solution` [ours]")
+    # DAPO's own
+    dynamic_sampling: Optional[int] = flag(None, "rounds of replacing groups of equal rewards; default 1: none, 4 with dapo [4: ours]")
+    overlong_cache: Optional[int] = flag(None, "C of Eq. 15, 0: off; default 0, max_new_tokens / 5 with dapo, as 4k of 20k")
+    # Optimizer
+    learning_rate: float = flag(5e-4, "5e-4 suits the toy; 1e-6 is usual for 1.5B and 7B (TRL: learning_rate)")
+    schedule: Literal["constant", "cosine"] = flag("constant", "after the warm-up; cosine: to 0 at the last step (TRL: lr_scheduler_type)")
+    warmup_steps: int = flag(0, "steps of linear warm-up; DAPO 20 (TRL: warmup_steps)")
+    weight_decay: float = flag(0.0, "AdamW's, on matrices only (TRL: weight_decay)")
+    max_grad_norm: float = flag(1.0, "global norm to which gradients are clipped (TRL: max_grad_norm)")
+    # Machine
+    rollout: Literal["auto", "vllm", "transformers"] = flag("auto", "engine; auto: vLLM if installed and there is a GPU (TRL: use_vllm)")
+    precision: Literal["auto", "fp32", "bf16"] = flag("auto", "compute; masters are fp32 in any case; auto: bf16 on a GPU (TRL: bf16)")
+    micro_batch_tokens: int = flag(16384, "padded tokens of one forward pass (TRL: per_device_train_batch_size, in samples)")
+    logprob_chunk: int = flag(1024, "positions whose logits exist at the same time")
+    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass (TRL: gradient_checkpointing)")
+    max_context: Optional[int] = flag(None, "longest prompt + response; default: the model's (TRL: vllm_max_model_length)")
+    memory_share: float = flag(0.3, "share of GPU memory that vLLM may use (TRL: vllm_gpu_memory_utilization)")
+    grader_workers: int = flag(2, "grading processes a rank")
+    # What is written, and when
+    eval_every: int = flag(20, "steps between evaluations; before and after are always measured; 0: only these (TRL: eval_steps)")
+    eval_questions: int = flag(512, "held-out problems of an evaluation, from the top of the file; 0: no evaluation at all")
+    save_every: int = flag(20, "steps between checkpoints; one is written at the end too (TRL: save_steps)")
+    keep_checkpoints: int = flag(2, "newest checkpoints kept (TRL: save_total_limit)")
+    samples_per_step: int = flag(16, "samples a step written to samples.jsonl; -1: all")
+    wandb: bool = flag(False, "log to Weights & Biases too, if it is installed")
+
+
+# Fields that may differ between a run and its resumption: they do not change what is computed.
+FREE = ("output_dir", "resume", "steps", "epochs", "eval_every", "save_every", "keep_checkpoints", "samples_per_step", "wandb")
+
+
+def parse(arguments: list[str]) -> Config:
+    """The command line, after an optional YAML file of defaults. Ends the process with one line if it is wrong."""
+    parser = HfArgumentParser(Config, allow_abbrev=False, description=Config.__doc__)
+    parser.error = lambda message: fail(f"{message}; see train.py --help")  # argparse would print its usage on every rank
+    if arguments and arguments[0].endswith((".yaml", ".yml")):
+        settings_file, *arguments = arguments
+        try:
+            settings = yaml.safe_load(Path(settings_file).read_text())
+        except (OSError, yaml.YAMLError) as error:
+            fail(f"{settings_file}: cannot be read as YAML: {' '.join(str(error).split())}")
+        known = set(Config.__dataclass_fields__)
+        if not isinstance(settings, dict) or set(settings) - known:
+            wrong = sorted(set(settings) - known) if isinstance(settings, dict) else "the whole file"
+            fail(f"{settings_file}: no such setting: {wrong}; `name: value` lines, names as in train.py --help")
+        arguments = [f"--{name}={value}" for name, value in settings.items()] + arguments
+    (config, unknown) = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True, look_for_args_file=False)
+    if unknown:
+        fail(f"unknown argument {unknown[0]}; see train.py --help")
+    try:
+        check(config)
+    except ValueError as error:
+        fail(str(error))
+    return config
+
+
+def check(config: Config) -> None:
+    """Fills in what --algorithm decides, and raises ValueError for what METHOD's limits forbid."""
+    dapo = config.algorithm == "dapo"
+    for name, value in (("clip_high", 0.28 if dapo else 0.2), ("reduction", "dapo" if dapo else "grpo"),
+                        ("dynamic_sampling", 4 if dapo else 1),
+                        ("overlong_cache", config.max_new_tokens // 5 if dapo else 0)):  # fmt: skip
+        if getattr(config, name) is None:
+            setattr(config, name, value)
+    c = config
+    for wrong, message in (
+        (c.group_size < 2, f"--group_size {c.group_size}: an advantage relative to the group needs at least 2"),
+        (c.pool_trigger < c.questions_per_step, f"--pool_trigger {c.pool_trigger} is less than --questions_per_step "
+         f"{c.questions_per_step}: stage 2 would end before it began; raise the one or lower the other"),
+        (not 0 <= c.min_variance <= 0.25, f"--min_variance {c.min_variance}: 0/1 rewards have a variance of at most 0.25, "
+         "nothing would be informative; choose 0 to 0.25"),
+        (c.algorithm != "scrpo" and c.train_stages == "2", f"--train_stages 2 contradicts --algorithm {c.algorithm}, which "
+         "has no stage 2; leave one of them out"),
+        (c.questions_per_step % c.updates_per_rollout, f"--updates_per_rollout {c.updates_per_rollout} does not divide "
+         f"--questions_per_step {c.questions_per_step}"),
+        (c.temperature <= 0, f"--temperature {c.temperature}: training samples, so it must be above 0"),
+        (not 0 < c.clip_low < 1, f"--clip_low {c.clip_low}: must lie between 0 and 1"),
+        (c.overlong_cache > c.max_new_tokens, f"--overlong_cache {c.overlong_cache} exceeds --max_new_tokens {c.max_new_tokens}"),
+    ):  # fmt: skip
+        if wrong:
+            raise ValueError(message)
+    for name in ("beta", "importance_cap", "clip_high", "learning_rate", "warmup_steps", "weight_decay", "steps", "epochs",
+                 "eval_every", "eval_questions", "overlong_cache"):  # fmt: skip
+        if getattr(c, name) < 0:
+            raise ValueError(f"--{name} {getattr(c, name)}: must not be negative")
+    for name in ("questions_per_step", "updates_per_rollout", "max_new_tokens", "errors_per_question", "micro_batch_tokens",
+                 "logprob_chunk", "max_grad_norm", "save_every", "keep_checkpoints", "grader_workers", "dynamic_sampling"):  # fmt: skip
+        if getattr(c, name) <= 0:
+            raise ValueError(f"--{name} {getattr(c, name)}: must be positive")
+
+
+# ================================================================================================== 2. the two stages
+
+
+@dataclass
+class Group:
+    """One prompt and its G samples, graded."""
+
+    problem: str
+    answer: str
+    prompt: list[int]
+    samples: list[Sample]
+    verdicts: list[str]  # "right", "wrong" or "ungradable"
+    spans: list  # stage 2: (start, end) of each correction's analysis in its tokens; None where not well-formed
+
+    @property
+    def rewards(self) -> list[float]:
+        return [float(verdict == "right") for verdict in self.verdicts]  # Eqs. 1, 11
+
+
+@dataclass
+class Example:
+    """One sample as the loss sees it. Tokens before its first or after its last loss token need no logits, and those
+    after need not even be run: `ids` ends with the last loss token, `mask` and `engine_logp` begin at the first."""
+
+    group: int  # its place in the rollout, which decides the optimizer step it belongs to
+    advantage: float
+    counted: int  # tokens it has in the denominator (Eqs. 6, 13)
+    ids: list[int]
+    first: int
+    mask: torch.Tensor  # bool, m of Eq. 12; all True in stage 1
+    engine_logp: list[float]  # log mu
+
+
+def trial_and_error(run, step: int) -> tuple[list[Group], list[Example], dict]:
+    """Stage 1: B questions -> G responses each -> R (Eq. 1) -> Â (Eq. 2); fills E (Eqs. 7, 8)."""
+    config = run.config
+    groups, discarded = draw_questions(run, step)
+    rewards = torch.tensor([group.rewards for group in groups])  # Eq. 1 [B,G]
+    lengths = torch.tensor([[len(sample.token_ids) for sample in group.samples] for group in groups])  # [B,G]
+    if config.overlong_cache:
+        advantages = group_advantages(  # Eqs. 2, 15
+            rewards + overlong_punishment(lengths, config.max_new_tokens, config.overlong_cache), config.scale
+        )
+    else:
+        advantages = group_advantages(rewards, config.scale)  # Eq. 2
+    if run.pool is not None:
+        for g in groups:
+            finished = [sample.finished for sample in g.samples]
+            run.pool.add(g.problem, g.answer, [s.text for s in g.samples], g.rewards, finished)  # Eqs. 7, 8
+    masks = [[torch.ones(n, dtype=torch.bool) for n in row] for row in lengths.tolist()]  # every token of o_i
+    examples = make_examples(groups, advantages, masks, lengths.tolist())
+    return groups, examples, {"accuracy": rewards.mean().item(), "discarded_groups": discarded}
+
+
+def self_correction(run, step: int) -> tuple[list[Group], list[Example], dict]:
+    """Stage 2: B errors -> x' (Eq. 10) -> G corrections each -> R' (Eq. 11) -> Â' (Eq. 2), m (Eq. 12)."""
+    config, tasks = run.config, []
+    while len(tasks) < config.questions_per_step and len(run.pool):
+        (error,) = run.pool.take(1)
+        prompt = render(run.tokenizer, correction_prompt(error.problem, error.response))  # Eq. 10
+        if fits(prompt, config.max_new_tokens, run.engine.max_context):
+            tasks.append((error.problem, error.answer, prompt))
+        else:
+            run.state.dropped_errors += 1
+            run.say(f"dropped an error: its correction prompt has {len(prompt)} tokens, too many for the context")
+    groups = sample_groups(run, step, tasks, stage=2)
+    if not groups:
+        return [], [], {"correction_success": None, "well_formed": None}
+    rewards = torch.tensor([group.rewards for group in groups])  # R', Eq. 11 [B,G]
+    advantages = group_advantages(rewards, config.scale)  # Â', Eq. 2
+    masks, counted = [], []
+    for g in groups:
+        spans = g.spans if config.credit == "analysis" else [(0, len(s.token_ids)) for s in g.samples]
+        success = [reward == 1 for reward in g.rewards] if config.success_conditioned else None
+        masks.append(analysis_mask(spans, max(len(s.token_ids) for s in g.samples), success))  # m, Eq. 12
+        counted.append([end - start for start, end in (span or (0, 0) for span in spans)])
+    well_formed = np.mean([span is not None for g in groups for span in g.spans])
+    examples = make_examples(groups, advantages, masks, counted)
+    return groups, examples, {"correction_success": rewards.mean().item(), "well_formed": float(well_formed)}
+
+
+def draw_questions(run, step: int) -> tuple[list[Group], int]:
+    """The B groups of a stage-1 step, and how many were discarded on the way.
+
+    With DAPO's dynamic sampling, groups of equal rewards are replaced by fresh questions, a bounded number of times;
+    what is then still missing is filled with the groups discarded last, so that a step always has B groups.
+    """
+    B, rounds = run.config.questions_per_step, run.config.dynamic_sampling
+    kept, equal = [], []
+    for attempt in range(rounds):
+        problems = [run.problems[q] for q in question_order(run.config.seed, len(run.problems), run.state.questions, B - len(kept))]
+        run.state.questions += len(problems)
+        tasks = [(p.problem, p.answer, render(run.tokenizer, solution_prompt(p.problem))) for p in problems]
+        for group in sample_groups(run, step, tasks, stage=1, offset=attempt * B):
+            (kept if rounds == 1 or len(set(group.rewards)) > 1 else equal).append(group)
+        if len(kept) == B:
+            return kept, len(equal)
+    missing = B - len(kept)
+    return kept + equal[-missing:], len(equal) - missing
+
+
+def question_order(seed: int, count: int, start: int, n: int) -> list[int]:
+    """Places start .. start + n - 1 of an endless stream in which every epoch is a fresh shuffle of all questions.
+
+    >>> order = question_order(seed=0, count=5, start=0, n=10)
+    >>> sorted(order[:5]) == sorted(order[5:]) == [0, 1, 2, 3, 4], order[:5] == order[5:]
+    (True, False)
+    >>> question_order(seed=0, count=5, start=3, n=4) == order[3:7]     # no history: any part can be asked for
+    True
+    """
+    return [int(shuffled(seed, place // count, count)[place % count]) for place in range(start, start + n)]
+
+
+@lru_cache(maxsize=2)
+def shuffled(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
+def sample_groups(run, step: int, tasks: list, stage: int, offset: int = 0) -> list[Group]:
+    """G samples of each (problem, answer, prompt) in `tasks`, graded. Every rank returns all groups, in their order.
+
+    Task b is the work of rank b mod world. `offset` keeps a second round's seeds in one step apart from the first's.
+    """
+    config, mine = run.config, range(run.rank, len(tasks), run.world)
+    with run.clock("push"):
+        run.engine.wake()
+        run.engine.update_weights(run.model)
+    with run.clock("rollout"):
+        seeds = [[sample_seed(config.seed, step, offset + b, i) for i in range(config.group_size)] for b in mine]
+        samples = run.engine.generate(
+            [tasks[b][2] for b in mine], config.group_size,
+            temperature=config.temperature, max_new_tokens=config.max_new_tokens, seeds=seeds,
+        )  # fmt: skip
+        run.engine.sleep()
+    with run.clock("grading"):
+        graded = grade_samples(run, [tasks[b] for b in mine], samples, stage)
+    with run.clock("waiting"):  # for the slowest rank
+        groups = [group for _, group in sorted(gather(list(zip(mine, graded))), key=lambda pair: pair[0])]
+    run.state.samples += sum(len(group.samples) for group in groups)
+    run.state.tokens += sum(len(sample.token_ids) for group in groups for sample in group.samples)
+    return groups
+
+
+def grade_samples(run, tasks: list, samples: list[list[Sample]], stage: int) -> list[Group]:
+    """R of Eq. 1 in stage 1; R' and the span of the analysis (Eqs. 11, 12) in stage 2."""
+    span = run.config.analysis_span
+    found = [[find_correction(s.token_ids, run.tokenizer, span) if stage == 2 else None for s in row] for row in samples]
+    spans = [[correction and correction[:2] for correction in row] for row in found]
+    if stage == 1:
+        texts = [sample.text for row in samples for sample in row]
+    else:  # Eq. 11: without both sections there is no solution, and an empty one is wrong
+        texts = [correction[2] if correction else "" for row in found for correction in row]
+    golds = [answer for (_, answer, _), row in zip(tasks, samples) for _ in row]
+    verdicts = iter(run.grader.verdicts(texts, golds))  # Eqs. 1, 11
+    return [
+        Group(problem, answer, prompt, row, [next(verdicts) for _ in row], row_spans)
+        for (problem, answer, prompt), row, row_spans in zip(tasks, samples, spans)
+    ]
+
+
+def make_examples(groups, advantages, masks, counted) -> list[Example]:
+    """Cuts each sample to its loss tokens; one without any keeps its place in the denominator."""
+    examples = []
+    for b, group in enumerate(groups):
+        for i, sample in enumerate(group.samples):
+            tokens = masks[b][i].nonzero().flatten().tolist()
+            start, end = (tokens[0], tokens[-1] + 1) if tokens else (0, 0)
+            examples.append(Example(
+                b, advantages[b, i].item(), counted[b][i], group.prompt + sample.token_ids[:end],
+                len(group.prompt) + start, masks[b][i][start:end], sample.logprobs[start:end],
+            ))  # fmt: skip
+    return examples
+
+
+# ================================================================================================== 3. the update
+
+
+class Policy(torch.nn.Module):
+    """The model as DDP has to see it: its forward pass gives log-probabilities, never logits."""
+
+    def __init__(self, model, temperature: float, chunk: int):
+        super().__init__()
+        self.model, self.temperature, self.chunk = model, temperature, chunk
+
+    def forward(self, ids, attention, first):
+        return token_logprobs(self.model, ids, attention, first, self.temperature, self.chunk)
+
+
+class MasterAdamW:
+    """AdamW on fp32 master weights. Each parameter's master and moments live on one rank, which broadcasts the result.
+
+    With bf16 compute on W ranks and P parameters this is 2P + 2P + 16P/W bytes a rank (weights, gradients; master,
+    gradient sum and two moments in fp32). With fp32 compute the parameters are their own masters. Not PyTorch's
+    ZeroRedundancyOptimizer: it shards the moments only, and the masters would be whole on every rank.
+    """
+
+    def __init__(self, model, dtype: torch.dtype, config: Config, rank: int, world: int):
+        model.to(torch.promote_types(next(model.parameters()).dtype, dtype))
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.bf16, self.rank, self.world = dtype != torch.float32, rank, world
+        load, self.owner = [0] * world, {}
+        for i in sorted(range(len(self.params)), key=lambda i: -self.params[i].numel()):  # the largest first
+            self.owner[i] = load.index(min(load))
+            load[self.owner[i]] += self.params[i].numel()
+        self.masters = {
+            i: p.detach().float().clone() if self.bf16 else p for i, p in enumerate(self.params) if self.owner[i] == rank
+        }
+        model.to(dtype)
+        decayed = [m for m in self.masters.values() if m.dim() >= 2]
+        plain = [m for m in self.masters.values() if m.dim() < 2]
+        self.adam = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        )
+        self.max_norm = config.max_grad_norm
+
+    @torch.no_grad()
+    def accumulate(self) -> None:
+        """bf16: adds the synchronised gradients to fp32 sums, since many small bf16 additions lose most of what is
+        added. fp32: the gradients add up where they are."""
+        if self.bf16:
+            for i, master in self.masters.items():
+                master.grad = self.params[i].grad.float() if master.grad is None else master.grad + self.params[i].grad
+            for p in self.params:
+                p.grad.zero_()
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> float:
+        """Clips by the global norm, steps, hands the new weights to all ranks. Returns the norm before clipping.
+
+        A norm that is not finite takes no step: one NaN in the weights is a NaN in every later step.
+        """
+        grads = [m.grad for m in self.masters.values()]
+        square = torch.nn.utils.get_total_norm(grads).square()
+        dist.all_reduce(square)
+        norm = square.sqrt().item()
+        if math.isfinite(norm):
+            torch._foreach_mul_(grads, min(1.0, self.max_norm / (norm + 1e-6)))
+            for group in self.adam.param_groups:
+                group["lr"] = learning_rate
+            self.adam.step()
+            self.publish()
+        for p in [*self.params, *self.masters.values()]:
+            p.grad = None
+        return norm
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Masters -> the weights that are computed with, on every rank."""
+        for i, master in self.masters.items():
+            self.params[i].copy_(master)
+        if self.world > 1:
+            for work in [dist.broadcast(p.data, self.owner[i], async_op=True) for i, p in enumerate(self.params)]:
+                work.wait()
+
+    def state_dict(self) -> dict:
+        return {"masters": {i: m.detach() for i, m in self.masters.items()}, "adam": self.adam.state_dict()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        for i, master in self.masters.items():
+            master.copy_(state["masters"][i])
+        self.adam.load_state_dict(state["adam"])
+        self.publish()
+
+
+@dataclass
+class Batch:
+    """One micro-batch, padded on the right: S sequences of L tokens, T loss columns."""
+
+    ids: torch.Tensor  # [S,L]
+    attention: torch.Tensor  # [S,L]
+    first: torch.Tensor  # [S]
+    mask: torch.Tensor  # [S,T]
+    engine_logp: torch.Tensor  # log mu [S,T]
+    advantages: torch.Tensor  # [S]
+    old_logp: Optional[torch.Tensor] = None  # log pi_old [S,T]; None: pi_old = pi_theta, by stop-gradient
+
+
+def collate(examples: list[Example], device) -> Batch:
+    def pad(rows, dtype):
+        return pad_sequence([torch.as_tensor(row, dtype=dtype) for row in rows], batch_first=True).to(device)
+
+    return Batch(
+        ids=pad([e.ids for e in examples], torch.long),
+        attention=pad([[1] * len(e.ids) for e in examples], torch.long),  # from lengths: a pad id may also be the EOS
+        first=torch.tensor([e.first for e in examples], device=device),
+        mask=pad([e.mask for e in examples], torch.bool),
+        engine_logp=pad([e.engine_logp for e in examples], torch.float32),
+        advantages=torch.tensor([e.advantage for e in examples], device=device),
+    )
+
+
+def batch_loss(run, batch: Batch, denominator: float, totals: Counter) -> torch.Tensor:
+    """This micro-batch's part of -J, and its part of the step's statistics, as sums, in `totals`."""
+    config = run.config
+    logp, entropy = run.policy(batch.ids, batch.attention, batch.first)  # [S,T]
+    old_logp = logp.detach() if batch.old_logp is None else batch.old_logp
+    ref_logp = None
+    if run.reference is not None:
+        with torch.no_grad():
+            ref_logp, _ = run.reference(batch.ids, batch.attention, batch.first)
+    weights = importance_weights(old_logp, batch.engine_logp, config.importance_cap) if config.importance_cap else None
+    loss, stats = policy_loss(
+        logp, old_logp, ref_logp, batch.advantages, batch.mask, clip_low=config.clip_low, clip_high=config.clip_high,
+        beta=config.beta, reduction=config.reduction, weights=weights, denominator=denominator,
+    )  # fmt: skip
+    gap = (old_logp - batch.engine_logp)[batch.mask]  # 0 but for numerics, unless the engine has stale weights
+    totals.update({name: value.item() for name, value in stats.items()})
+    totals["loss"] += loss.item()
+    totals["entropy"] += entropy.detach()[batch.mask].sum().item()
+    totals["gap"] += gap.abs().sum().item()
+    totals["gap_max"] = max(totals["gap_max"], gap.abs().max().item())
+    if config.importance_cap:
+        totals["capped"] += (gap.exp() > config.importance_cap).sum().item()
+    return loss
+
+
+def update(run, step: int, groups: int, examples: list[Example]) -> dict:
+    """Ascends J_1 (Eq. 6) or J_2 (Eq. 13): a rollout's groups in `updates_per_rollout` optimizer steps."""
+    config, minibatches, totals = run.config, [], Counter()
+    for u in range(config.updates_per_rollout):
+        # Cut by group before anything is skipped, so that what is skipped changes no denominator.
+        minibatch = [e for e in examples if e.group * config.updates_per_rollout // groups == u]
+        denominator = step_denominator([e.counted for e in minibatch], config.reduction, config.max_new_tokens)
+        running = [e for e in minibatch if carries_gradient(int(e.mask.sum()), e.advantage, config.beta)]
+        hand = deal([len(e.ids) for e in running], run.world, config.micro_batch_tokens)[run.rank]
+        minibatches.append((denominator, [collate([running[i] for i in part], run.device) if part else None for part in hand]))
+    # pi_old is the policy at the rollout. The first optimizer step has it for nothing; before the later ones the
+    # weights will have moved, so they get theirs now.
+    with torch.no_grad():
+        for _, batches in minibatches[1:]:
+            for batch in filter(None, batches):
+                batch.old_logp, _ = run.policy.module(batch.ids, batch.attention, batch.first)
+    for denominator, batches in minibatches:
+        if not batches:  # nothing left on any rank: a step would let Adam's momentum move the weights on its own
+            totals["empty_updates"] += 1
+            continue
+        for i, batch in enumerate(batches):
+            # fp32 gradients add up locally and are averaged with the last backward; bf16 ones are averaged each time,
+            # to be summed in fp32 by their owner alone.
+            local = i < len(batches) - 1 and not run.optimizer.bf16
+            with run.policy.no_sync() if local else nullcontext():
+                loss = anchor(run) if batch is None else batch_loss(run, batch, denominator, totals)
+                (loss * run.world).backward()  # DDP averages over ranks, the denominator is that of all of them
+            run.optimizer.accumulate()
+        norm = run.optimizer.step(learning_rate(config, step))
+        totals["updates"] += 1
+        totals["norm"] += norm
+        run.state.nonfinite_in_a_row = 0 if math.isfinite(norm) else run.state.nonfinite_in_a_row + 1
+        totals["nonfinite"] += not math.isfinite(norm)
+    return average(totals, gather([totals]), config)
+
+
+def anchor(run) -> torch.Tensor:
+    """A zero that depends on every parameter, for a rank without a sample: DDP waits for its gradients."""
+    ids = torch.zeros(1, 2, dtype=torch.long, device=run.device)
+    return run.policy(ids, torch.ones_like(ids), torch.ones(1, dtype=torch.long, device=run.device))[0].sum() * 0.0
+
+
+def average(mine: Counter, ranks: list[Counter], config: Config) -> dict:
+    """Sums over all ranks' loss tokens -> the step's metrics; None where nothing was trained on."""
+    total = {name: sum(rank[name] for rank in ranks) for name in ("tokens", "clipped", "kl", "entropy", "gap", "capped", "loss")}
+    n, updates = total["tokens"], mine["updates"]
+    per_token = {"clip_fraction": "clipped", "entropy": "entropy", "logp_gap": "gap", "capped_fraction": "capped"}
+    if config.beta:
+        per_token["kl"] = "kl"
+    metrics = {name: total[key] / n if n else None for name, key in per_token.items()}
+    return {
+        "loss": total["loss"] / updates if updates else None,
+        "grad_norm": mine["norm"] / updates if updates else None,
+        "loss_tokens": int(n), **metrics, "kl": metrics.get("kl"),
+        "logp_gap_max": max(rank["gap_max"] for rank in ranks) if n else None,
+        "empty_updates": mine["empty_updates"], "nonfinite_updates": mine["nonfinite"],
+    }  # fmt: skip
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Of step 1, 2, ...: linear warm-up, then constant or a cosine to 0 after the last step."""
+    if step <= config.warmup_steps:
+        return config.learning_rate * step / config.warmup_steps
+    if config.schedule == "constant":
+        return config.learning_rate
+    progress = (step - 1 - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+# ================================================================================================== 4. the loop
+
+
+@dataclass
+class State:
+    """What a checkpoint holds beside weights, optimizer and pool."""
+
+    step: int = 0  # the last one that is finished
+    stage: int = 1
+    questions: int = 0  # drawn so far: the place in the stream of `question_order`
+    visits: int = 0  # to stage 2
+    visit_loss_tokens: int = 0  # of the current visit
+    samples: int = 0  # drawn so far, those of discarded groups too
+    tokens: int = 0  # sampled so far
+    dropped_errors: int = 0  # whose correction prompt did not fit
+    nonfinite_in_a_row: int = 0
+
+
+class Run:
+    """Everything a step needs, under one name. No logic but the stopwatch and the voice of rank 0."""
+
+    config: Config
+    rank: int
+    world: int
+    device: torch.device
+    output: Path
+    tokenizer: object
+    model: torch.nn.Module
+    policy: DistributedDataParallel  # of Policy(model)
+    reference: Optional[Policy]  # only with beta > 0
+    optimizer: MasterAdamW
+    engine: object
+    grader: Grader
+    pool: Optional[ErrorPool]  # None for the baselines
+    problems: list[Problem]
+    eval_problems: list[Problem]
+    state: State
+
+    def __init__(self, config: Config):
+        self.config, self.state, self.seconds, self.stop = config, State(), Counter(), False
+
+    @contextmanager
+    def clock(self, part: str):
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds[part] += time.perf_counter() - start
+
+    def say(self, text: str = "") -> None:
+        if self.rank == 0:
+            tqdm.write(text)
+
+
+def train(run: Run) -> None:
+    """The algorithm box of the paper."""
+    config, state = run.config, run.state
+    if state.step == 0:
+        record(run, {"step": 0, **evaluate_policy(run)}, [])
+    bar = tqdm(total=config.steps, initial=state.step, disable=run.rank != 0, desc="ScRPO" if run.pool else config.algorithm, unit="step")
+    for step in range(state.step + 1, config.steps + 1):
+        started, tokens, run.seconds = time.perf_counter(), state.tokens, Counter()
+        switch_stage(run, step)  # Eq. 9
+        act = trial_and_error if state.stage == 1 else self_correction
+        groups, examples, metrics = act(run, step)  # Eqs. 1, 2, 7, 8 or 2, 10, 11, 12
+        if state.visit_loss_tokens == 0 and state.stage == 2:
+            show_correction(run, groups, examples)
+        if config.train_stages in ("both", str(state.stage)):
+            with run.clock("update"):
+                metrics |= update(run, step, len(groups), examples)  # Eqs. 3 to 6, 13, 14
+        state.visit_loss_tokens += metrics.get("loss_tokens", 0) if state.stage == 2 else 0
+        state.step = step
+        over = config.epochs and state.questions >= config.epochs * len(run.problems)
+        last = step == config.steps or over
+        if last or (config.eval_every and step % config.eval_every == 0):
+            metrics |= evaluate_policy(run)
+        metrics |= {"tokens_per_second": (state.tokens - tokens) / (time.perf_counter() - started)}
+        record(run, {"step": step, "stage": state.stage, **metrics}, groups)
+        alarm(run, metrics)
+        show_progress(bar, run, metrics)
+        stop = any(gather([run.stop]))  # SIGTERM may reach the ranks in different steps
+        if last or stop or step % config.save_every == 0:
+            save_checkpoint(run)
+        if last or stop:
+            break
+    bar.close()
+
+
+def switch_stage(run: Run, step: int) -> None:
+    """Eq. 9, and what is said at the border."""
+    state, before = run.state, run.state.stage
+    if run.pool is None:
+        return
+    state.stage = next_stage(before, len(run.pool), run.config.pool_trigger, run.config.questions_per_step)  # Eq. 9
+    if (before, state.stage) == (1, 2):
+        state.visits, state.visit_loss_tokens = state.visits + 1, 0
+    elif (before, state.stage) == (2, 1) and state.visit_loss_tokens == 0 and run.config.train_stages != "1":
+        warn(f"step {step}: visit {state.visits} to stage 2 ended without a single loss token: no correction was both "
+             "well-formed and right with an advantage; see well_formed and correction_success in metrics.jsonl")  # fmt: skip
+
+
+def alarm(run: Run, metrics: dict) -> None:
+    """Loud words about numbers that are silently wrong, and the end of a run that is beyond help."""
+    gap, limit = metrics.get("logp_gap"), 0.05 if run.optimizer.bf16 else 0.002
+    if gap is not None and gap > limit:
+        warn(f"step {run.state.step}: engine and trainer disagree by {gap:.3g} in log p on average (expected below {limit}). "
+             "Usually the engine samples with stale weights, or at another temperature; try rollout.py --selftest")  # fmt: skip
+    if run.state.nonfinite_in_a_row >= 3:
+        raise FloatingPointError(
+            f"step {run.state.step}, stage {run.state.stage}: the gradient was not finite {run.state.nonfinite_in_a_row} "
+            f"times in a row; no such step was taken. The step's samples are in {run.output / 'nonfinite.jsonl'}"
+        )
+
+
+def evaluate_policy(run: Run) -> dict:
+    """Held-out accuracy, and the share of its own wrong answers that the policy then corrects. Always the same seeds,
+    so that before and after are paired."""
+    config, problems = run.config, run.eval_problems[: run.config.eval_questions]
+    if not problems:
+        return {}
+    with run.clock("evaluation"):
+        run.engine.wake()
+        run.engine.update_weights(run.model)
+        how = {"temperature": config.temperature, "top_p": 1.0, "max_new_tokens": config.max_new_tokens, "seed": config.seed}
+        answers = sample_answers(run.engine, run.tokenizer, problems, run.grader, k=1, **how)
+        wrong = [r for r in answers if r["verdict"] != "right"]
+        corrections = sample_corrections(run.engine, run.tokenizer, wrong, run.grader, k=1, **how)
+        run.engine.sleep()
+    (mean, error), (corrected, corrected_error) = accuracy(answers), accuracy(corrections)
+    return {"eval_accuracy": mean, "eval_accuracy_se": error, "eval_correction": corrected, "eval_correction_se": corrected_error}
+
+
+# ================================================================================================== 5. what one sees
+
+
+def record(run: Run, metrics: dict, groups: list[Group]) -> None:
+    """One line in metrics.jsonl, some in samples.jsonl; numbers that are not finite become null."""
+    if run.rank != 0:
+        return
+    config, state = run.config, run.state
+    samples = [sample for group in groups for sample in group.samples]
+    if groups:
+        metrics |= {
+            "informative_groups": float(np.mean([0 < sum(g.rewards) < len(g.rewards) for g in groups])),
+            "truncated": float(np.mean([not sample.finished for sample in samples])),
+            "mean_length": float(np.mean([len(sample.token_ids) for sample in samples])),
+            **{name: sum(group.verdicts.count(name) for group in groups) for name in ("right", "wrong", "ungradable")},
+        }
+    peak = torch.cuda.max_memory_allocated() if run.device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    metrics |= {
+        "pool_size": len(run.pool) if run.pool is not None else None,
+        "visits": state.visits, "dropped_errors": state.dropped_errors, "questions": state.questions,
+        "samples": state.samples, "tokens": state.tokens,
+        "seconds": {part: round(value, 4) for part, value in run.seconds.items()}, "peak_memory_gb": peak / 2**30,
+    }  # fmt: skip
+    metrics = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+    append(run.output / "metrics.jsonl", [metrics])
+    kept = len(samples) if config.samples_per_step < 0 else config.samples_per_step
+    lines = [
+        {"step": state.step, "stage": state.stage, "problem": g.problem, "answer": g.answer, "prompt": run.tokenizer.decode(g.prompt),
+         "response": s.text, "verdict": verdict, "finished": s.finished, "analysis": span}
+        for g in groups for s, verdict, span in zip(g.samples, g.verdicts, g.spans)
+    ]  # fmt: skip
+    append(run.output / "samples.jsonl", lines[:kept])
+    if state.nonfinite_in_a_row >= 3:
+        append(run.output / "nonfinite.jsonl", lines)
+    if config.wandb:
+        import wandb
+
+        wandb.log({k: v for k, v in metrics.items() if isinstance(v, (int, float))}, step=state.step)
+
+
+def append(path: Path, lines: list[dict]) -> None:
+    with path.open("a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def show_progress(bar, run: Run, metrics: dict) -> None:
+    name, value = ("acc", "accuracy") if run.state.stage == 1 else ("corrected", "correction_success")
+    pool = f"{len(run.pool)}/{run.config.pool_trigger}" if run.pool is not None else "-"
+    share = f"{metrics[value]:.2f}" if metrics[value] is not None else "-"
+    bar.set_postfix_str(f"stage {run.state.stage}, {name} {share}, pool {pool}, {metrics['tokens_per_second']:,.0f} tok/s")
+    bar.update()
+
+
+def show_correction(run: Run, groups: list[Group], examples: list[Example]) -> None:
+    """One correction in full; what is highlighted, and nothing else, carries gradient (Eq. 12)."""
+    chosen = next((e for e in examples if e.mask.any() and e.advantage), None)
+    if chosen is None:
+        run.say(f"\nstage 2, visit {run.state.visits}: no correction of this step carries gradient")
+        return
+    group = groups[chosen.group]
+    sample = next(s for s in group.samples if (group.prompt + s.token_ids)[: len(chosen.ids)] == chosen.ids)
+    on, off = ("\033[30;42m", "\033[0m") if sys.stdout.isatty() else (">>>", "<<<")
+    decode, end = run.tokenizer.decode, len(chosen.ids) - len(group.prompt)
+    start = chosen.first - len(group.prompt)
+    run.say(
+        f"\n--- stage 2, visit {run.state.visits}: a prompt, and a correction that was rewarded (Â = {chosen.advantage:.2f}); "
+        f"between {on} and {off} what carries gradient\n{decode(group.prompt)}\n---\n"
+        f"{decode(sample.token_ids[:start])}{on}{decode(sample.token_ids[start:end])}{off}{decode(sample.token_ids[end:])}\n---"
+    )
+
+
+def summary(run: Run) -> None:
+    """The table and the picture at the end."""
+    lines = [json.loads(line) for line in (run.output / "metrics.jsonl").read_text().splitlines()]
+    measured = [line for line in lines if line.get("eval_accuracy") is not None]
+    spent = Counter()
+    for line in lines:
+        spent.update(line["seconds"])
+    run.say()
+    if measured:
+        run.say(f"{'held-out problems':<28}{'before':>16}{'after':>16}")
+        for name, key in (("answered right", "eval_accuracy"), ("own errors corrected", "eval_correction")):
+            cells = [f"{m[key]:.3f} ± {m[key + '_se'] or 0:.3f}" if m[key] is not None else "-" for m in (measured[0], measured[-1])]
+            run.say(f"{name:<28}{cells[0]:>16}{cells[1]:>16}")
+    total = sum(spent.values())
+    run.say("time: " + ", ".join(f"{part} {s:.0f} s ({100 * s / total:.0f} %)" for part, s in spent.most_common()))
+    run.say(f"{run.state.samples:,} samples, {run.state.tokens:,} tokens, {run.state.visits} visits to stage 2")
+    plot(lines, run.output / "curves.png")
+    run.say(f"written: {run.output}/ (metrics.jsonl, samples.jsonl, curves.png, checkpoints/, final/)")
+
+
+def plot(lines: list[dict], path: Path) -> None:
+    """curves.png: accuracy, correction success and pool size over steps, visits to stage 2 shaded."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    def curve(axis, key, *style, **more):
+        points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+        if points:
+            axis.plot(*zip(*points), *style, **more)
+
+    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 1), layout="constrained")
+    curve(above, "accuracy", ".-", color="tab:blue", alpha=0.5, label="accuracy of the step's samples (stage 1)")
+    curve(above, "correction_success", ".-", color="tab:green", alpha=0.5, label="correction success (stage 2)")
+    curve(above, "eval_accuracy", "o-", color="tab:blue", label="held-out: answered right")
+    curve(above, "eval_correction", "s-", color="tab:green", label="held-out: own errors corrected")
+    curve(below, "pool_size", "-", color="tab:gray")
+    for line in lines:
+        if line.get("stage") == 2:
+            for axis in (above, below):
+                axis.axvspan(line["step"] - 0.5, line["step"] + 0.5, color="tab:green", alpha=0.12, lw=0)
+    above.set(ylim=(0, 1), ylabel="share")
+    below.set(ylabel="error pool", xlabel="step (shaded: stage 2)")
+    above.legend(loc="lower right", fontsize="small")
+    above.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+# ================================================================================================== 6. checkpoints
+
+
+def save_checkpoint(run: Run) -> None:
+    """checkpoints/step_NNNNNN/rank_K.pt, each rank its own shard; rank_K.sha256 beside it says that it is whole.
+
+    A rank's file counts only with a digest that fits, and a step only if every rank has one: a kill at any moment
+    leaves the one before it. Works on a shared file system and on separate ones. `sha256sum -c` reads the digest.
+    """
+    with run.clock("checkpoint"):
+        folder, error = run.output / "checkpoints" / f"step_{run.state.step:06d}", None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            buffer = io.BytesIO()
+            pool = run.pool.state_dict() if run.pool is not None else None
+            torch.save({"state": asdict(run.state), "pool": pool, "optimizer": run.optimizer.state_dict()}, buffer)
+            write_whole(folder / f"rank_{run.rank}.pt", buffer.getbuffer())
+            digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
+            write_whole(folder / f"rank_{run.rank}.sha256", f"{digest}  rank_{run.rank}.pt\n".encode())
+        except OSError as problem:
+            error = f"{folder}: the checkpoint cannot be written ({problem.strerror}); earlier ones are untouched. Mend that, then --resume"
+        agree(error)
+        older = sorted((run.output / "checkpoints").glob("step_*"))[: -run.config.keep_checkpoints]
+        for folder in older:  # only now that the new one is whole on every rank
+            for suffix in ("sha256", "pt"):
+                (folder / f"rank_{run.rank}.{suffix}").unlink(missing_ok=True)
+            if not any(folder.iterdir()):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_whole(path: Path, data) -> None:
+    """Writes the file under another name, flushes it to the disk, then renames it: it is there wholly or not at all."""
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def load_checkpoint(run: Run) -> bool:
+    """Loads the newest step that is whole on every rank; damaged ones are named. False if there is none."""
+    whole = {}
+    for digest in sorted((run.output / "checkpoints").glob(f"step_*/rank_{run.rank}.sha256"), reverse=True):
+        data = digest.with_suffix(".pt")
+        if data.exists() and hashlib.sha256(data.read_bytes()).hexdigest() == digest.read_text().split()[0]:
+            whole[int(digest.parent.name.removeprefix("step_"))] = data
+        else:
+            warn(f"{data} is damaged; the checkpoint before it is used")
+    common = set.intersection(*map(set, gather([list(whole)])))
+    if not common:
+        return False
+    saved = torch.load(whole[max(common)], map_location=run.device, weights_only=True)
+    run.state.__dict__.update(saved["state"])
+    run.optimizer.load_state_dict(saved["optimizer"])
+    if run.pool is not None:
+        run.pool.load_state_dict(saved["pool"])
+    return True
+
+
+def rewind_logs(run: Run) -> None:
+    """Drops what was logged after the checkpoint, and a last line cut short: those steps are done again."""
+    for name in ("metrics.jsonl", "samples.jsonl") if run.rank == 0 else ():
+        path, kept = run.output / name, []
+        for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
+            if line.endswith("\n") and json.loads(line)["step"] <= run.state.step:
+                kept.append(line)
+        write_whole(path, "".join(kept).encode())
+
+
+def save_final(run: Run) -> None:
+    """final/: a plain Hugging Face checkpoint, replaced as a whole."""
+    if run.rank == 0:
+        part, final = run.output / "final.part", run.output / "final"
+        run.model.save_pretrained(part)
+        run.tokenizer.save_pretrained(part)
+        shutil.rmtree(final, ignore_errors=True)
+        part.rename(final)
+
+
+# ================================================================================================== 7. start and end
+
+
+def agree(error: Optional[str]) -> None:
+    """Ends all ranks with one line if any of them has an error."""
+    for message in filter(None, gather([error])):
+        fail(message)
+
+
+def claim_output(run: Run) -> None:
+    """Finds the output folder, refuses one that is not ours to continue, and writes the settings into it."""
+    config, error = run.config, None
+    restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, after a failure
+    launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    runs = sorted((HERE / "runs").glob("[0-9]*"))
+    if config.output_dir is None and restart:
+        mine = [r for r in runs if json.loads((r / "settings.json").read_text())["launch"] == launch]
+        config.output_dir = str(mine[-1]) if mine else None
+    if config.output_dir is None:
+        config.output_dir = str(HERE / "runs" / f"{int(runs[-1].name) + 1 if runs else 1:03d}")
+    run.output = Path(gather([config.output_dir])[0])
+    settings = json.loads(json.dumps({**asdict(config), "ranks": run.world, "launch": launch}))
+    path = run.output / "settings.json"
+    try:
+        if path.exists():
+            saved = json.loads(path.read_text())
+            changed = [name for name in saved if name not in (*FREE, "launch") and saved[name] != settings.get(name)]
+            if not (config.resume or restart):
+                error = f"--output_dir {run.output} already holds a run; add --resume to go on with it, or name another folder"
+            elif changed:
+                error = (f"--resume with another {changed[0]} ({saved[changed[0]]} in {path}, now {settings.get(changed[0])}) "
+                         "would be another run; put it back, or choose another --output_dir")  # fmt: skip
+        elif (run.output / "metrics.jsonl").exists():
+            error = f"--output_dir {run.output} holds metrics.jsonl but no settings.json; choose another folder"
+        agree(error)  # and only then does anybody write
+        run.output.mkdir(parents=True, exist_ok=True)
+        if run.rank == 0:
+            write_whole(path, json.dumps(settings, indent=1).encode())
+    except OSError as problem:
+        error = f"--output_dir {run.output}: {problem.strerror}; choose a folder that can be written"
+    agree(error)
+
+
+def load_all(run: Run) -> None:
+    """Tokenizer, model and problems; ValueError or OSError, in words for the user, where one cannot be had."""
+    config = run.config
+    run.problems, run.eval_problems = load_problems(config.train_data), load_problems(config.eval_data)
+    try:
+        run.tokenizer = AutoTokenizer.from_pretrained(config.model)
+        run.model = AutoModelForCausalLM.from_pretrained(config.model, dtype="auto").to(run.device)
+    except (OSError, ValueError) as error:
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"--model {config.model}: no model can be loaded from there ({first}); name a folder or a hub id") from error
+    for module in run.model.modules():  # with dropout pi_theta would be a random function, and the ratio never 1
+        for name in ("p", "dropout", "attention_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    if config.gradient_checkpointing:
+        run.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    run.model.train(config.gradient_checkpointing)
+
+
+def fitting_problems(run: Run) -> None:
+    """Leaves out training problems whose prompt does not fit the context, and golds nobody can be right about."""
+    config, kept, too_long = run.config, [], []
+    for problem in run.problems:
+        prompt = render(run.tokenizer, solution_prompt(problem.problem))
+        (kept if fits(prompt, config.max_new_tokens, run.engine.max_context) else too_long).append(problem)
+    if too_long:
+        warn(f"{len(too_long)} of {len(run.problems)} problems of {config.train_data} left out: prompt and --max_new_tokens "
+             f"{config.max_new_tokens} exceed the context of {run.engine.max_context} tokens; the first: {too_long[0].source}")  # fmt: skip
+    if not kept:
+        raise ValueError(f"--train_data {config.train_data}: no prompt fits the context of {run.engine.max_context} tokens with "
+                         f"--max_new_tokens {config.max_new_tokens}; lower it, or raise --max_context")  # fmt: skip
+    run.problems = kept
+
+
+def set_up(config: Config) -> Run:
+    """Builds everything, on all ranks together."""
+    run = Run(config)
+    run.rank, run.world, run.device = start_distributed()
+    error = None
+    try:
+        if config.wandb and run.rank == 0:
+            import wandb
+
+            wandb.init(project="scrpo", config=asdict(config))
+        load_all(run)
+    except ImportError as problem:
+        error = f"--wandb: {problem}; pip install wandb, or leave the flag out"
+    except (ValueError, OSError) as problem:
+        error = " ".join(str(problem).split())
+    agree(error)
+    claim_output(run)
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and run.device.type == "cuda")
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    if config.beta:
+        reference = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype).to(run.device).eval().requires_grad_(False)
+        run.reference = Policy(reference, config.temperature, config.logprob_chunk)
+    else:
+        run.reference = None  # pi_ref is not even loaded
+    run.optimizer = MasterAdamW(run.model, dtype, config, run.rank, run.world)
+    run.engine = make_engine(
+        config.rollout, run.model, run.tokenizer, model_path=config.model, seed=config.seed,
+        max_context=config.max_context, memory_share=config.memory_share,
+    )  # fmt: skip
+    run.policy = DistributedDataParallel(
+        Policy(run.model, config.temperature, config.logprob_chunk), gradient_as_bucket_view=True, broadcast_buffers=False
+    )
+    run.grader = Grader(workers=config.grader_workers)
+    run.pool = None
+    if config.algorithm == "scrpo":
+        run.pool = ErrorPool(config.pool_trigger, config.min_variance, config.errors_per_question)
+    try:
+        fitting_problems(run)
+    except ValueError as problem:
+        fail(str(problem))  # the same on every rank
+    return run
+
+
+def introduce(run: Run) -> None:
+    """What is about to happen, and the first rendered prompt."""
+    config, million = run.config, sum(p.numel() for p in run.model.parameters()) / 1e6
+    run.say(
+        f"{config.algorithm}: {config.model} ({million:.1f} M parameters, {'bf16' if run.optimizer.bf16 else 'fp32'}), "
+        f"{len(run.problems):,} questions, {run.world} rank(s) on {run.device.type}, {run.engine.name} engine\n"
+        f"{config.steps} steps of {config.questions_per_step} x {config.group_size} samples; stage 2 when {config.pool_trigger} errors "
+        f"wait\nwriting to {run.output}\n--- stage 1: the first prompt\n"
+        f"{run.tokenizer.decode(render(run.tokenizer, solution_prompt(run.problems[0].problem)))}\n---"
+    )
+    if million > 100 and config.learning_rate > 2e-5:
+        warn(f"--learning_rate {config.learning_rate} suits the toy; a model of {million:,.0f} M parameters is usually trained at 1e-6")
+
+
+def main() -> None:
+    run = set_up(parse(sys.argv[1:]))
+    signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stop", True))  # the step is finished and saved, then exit 0
+    with run.grader:
+        resumed = load_checkpoint(run)
+        rewind_logs(run)
+        introduce(run)
+        if resumed:
+            run.say(f"resumed after step {run.state.step}, stage {run.state.stage}, {len(run.pool) if run.pool is not None else 0} errors waiting")
+        try:
+            train(run)
+        except FloatingPointError as error:
+            fail(str(error))
+        if run.stop:
+            run.say(f"stopped by SIGTERM after step {run.state.step}; --resume goes on from there")
+        else:
+            save_final(run)
+            if run.rank == 0:
+                summary(run)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
