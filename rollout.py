@@ -1,0 +1,440 @@
+"""Problems -> prompts -> sampled responses, by one of two engines with one interface.
+
+    engine = make_engine("auto", model, tokenizer, model_path=path)       # vLLM where there is a GPU for it
+    engine.wake(); engine.update_weights(model)                           # before each rollout
+    groups = engine.generate(prompts, n, temperature=1.0, max_new_tokens=1024, seeds=seeds)
+    engine.sleep()                                                        # before the update
+
+Both return the sampled ids themselves (decoding and encoding again does not give them back), the log-probability
+log mu of each under the distribution it was drawn from, and whether the response ended by itself.
+
+TransformersEngine runs anywhere and is reproducible: each sample has a private random stream, so it is the same in
+whatever batch, on whatever rank. VLLMEngine is the fast one on a GPU.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import re
+from dataclasses import dataclass
+
+import torch
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import AttentionInterface
+
+from reward import final_answer  # a gold answer is cut out of its solution by the rule that responses are graded by
+
+
+# ---------------------------------------------------------------------------------------------------- problems
+
+
+@dataclass(frozen=True)
+class Problem:
+    problem: str
+    answer: str
+    source: str
+
+
+@dataclass
+class Sample:
+    token_ids: list[int]  # as sampled; the end-of-sequence id is the last one iff `finished`
+    logprobs: list[float]  # log mu of each id, at the sampling temperature
+    text: str  # without special tokens; begins with `<think>` if the prompt ended with it
+    finished: bool  # False: cut off at max_new_tokens
+
+
+# Column names, first match wins. They cover AIME-2024 (Maxwell-Jia, HuggingFaceH4, math-ai), AMC (AI-MO, math-ai),
+# MATH-500, OlympiadBench (Hothan, math-ai), GSM8K, MATH-lighteval, DAPO-Math-17k (and -Processed), DeepScaleR.
+PROBLEM_FIELDS = ("problem", "Problem", "question", "prompt")
+ANSWER_FIELDS = ("answer", "Answer", "final_answer", "reward_model", "solution")
+DAPO_PROMPT = re.compile(r"^Solve the following math problem step by step\..*?\n\n(.*)\n\nRemember to put your answer.*$", re.S)
+
+
+def to_problem(row: dict) -> tuple[str, str]:
+    """A dataset row of any of the layouts above -> (problem, answer); ValueError names the field at fault.
+
+    >>> to_problem({"question": "2+3?", "answer": "Two and three make 5.\\n#### 5"})
+    ('2+3?', '5')
+    >>> to_problem({"Problem": "2+3?", "Solution": "...", "Answer": 5.0})
+    ('2+3?', '5')
+    >>> to_problem({"problem": "2+3?", "solution": "They make \\\\boxed{5}."})
+    ('2+3?', '5')
+    """
+    found = []
+    for fields in (PROBLEM_FIELDS, ANSWER_FIELDS):
+        name = next((f for f in fields if row.get(f) is not None), None)
+        if name is None:
+            raise ValueError(f"no field {' or '.join(map(repr, fields))}; it has {sorted(row)}: rename one of them")
+        value = row[name]
+        if name == "prompt" and isinstance(value, list):  # chat messages; DAPO wraps the problem in its own instruction
+            value = DAPO_PROMPT.sub(r"\1", value[-1]["content"])
+        if name == "reward_model":
+            value = value["ground_truth"]
+        if isinstance(value, list):  # OlympiadBench: several values of one answer
+            value = ", ".join(map(str, value))
+        if isinstance(value, float) and value.is_integer():  # AMC: 142.0
+            value = int(value)
+        if isinstance(value, (dict, bool)):
+            raise ValueError(f"field {name!r} must be text or a number, not {type(value).__name__}")
+        value = str(value).strip()
+        if name == "answer" and "####" in value:  # GSM8K
+            value = value.rpartition("####")[2].strip()
+        if name == "solution" and "\\boxed" in value:  # MATH; in DAPO-Math-17k-Processed it is the bare answer
+            value = final_answer(value) or ""
+        if not value:
+            raise ValueError(f"field {name!r} holds nothing: fill it or delete the line")
+        found.append(value)
+    return tuple(found)
+
+
+def load_problems(source: str) -> list[Problem]:
+    """Problems of a JSONL file, a dataset on the Hugging Face hub, or a folder in the same form.
+
+    A dataset is named `id`, `id:config` or `id:config:split` (config may be empty): `openai/gsm8k:main:test`,
+    `HuggingFaceH4/MATH-500`. The split may be left out where there is only one: guessing is how a test set gets
+    trained on. Raises ValueError with one line that names file, line, field and remedy.
+    """
+    if source.endswith((".jsonl", ".json")) or os.path.isfile(source):
+        rows = read_jsonl(source)
+    else:
+        rows = ((f"{source}, row {i}", row) for i, row in enumerate(read_dataset(source)))
+    problems = {}
+    for where, row in rows:
+        try:
+            problem, answer = to_problem(row)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        # DAPO-Math-17k holds each problem about 100 times over; elsewhere a repeat is kept, a benchmark counts it.
+        key = (problem, answer) if "reward_model" in row else where
+        problems.setdefault(key, Problem(problem, answer, str(row.get("source", where))))
+    if not problems:
+        raise ValueError(f"{source}: no problems in it; each line must be a JSON object with problem and answer")
+    return list(problems.values())
+
+
+def read_jsonl(path: str):
+    """Yield (where, row) for each line that is not blank."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: no such file; give a JSONL file or a dataset on the hub as id:config:split")
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{path}, line {number}: not JSON ({error}); write one object a line") from None
+                if not isinstance(row, dict):
+                    raise ValueError(f"{path}, line {number}: a {type(row).__name__}, not an object; write one object a line")
+                yield f"{path}, line {number}", row
+
+
+def read_dataset(source: str):
+    """The rows of `id[:config[:split]]`, from the hub or from a folder."""
+    from datasets import load_dataset  # 1 s to import, and a JSONL file needs none of it
+
+    name, config, split, *_ = *source.split(":"), "", ""
+    try:
+        splits = load_dataset(name, config or None)
+    except Exception as error:  # offline, no such id, a missing config: datasets has no common class for them
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"{source}: neither a file nor a dataset that loads ({type(error).__name__}: {reason})") from None
+    if not split and len(splits) == 1:
+        split = next(iter(splits))
+    if split not in splits:
+        raise ValueError(f"{source}: name one of the splits {list(splits)}, as {name}:{config}:{next(iter(splits))}")
+    return splits[split]
+
+
+# ---------------------------------------------------------------------------------------------------- prompts
+
+INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+
+
+def solution_prompt(problem: str) -> str:
+    """Stage 1's user turn. Instruction after the problem, no system prompt: R1-Distill's protocol."""
+    return f"{problem}\n{INSTRUCTION}"
+
+
+def render(tokenizer, user_text: str) -> list[int]:
+    """One user turn -> prompt ids, ready for the response. The template writes its own BOS, so none is added to it."""
+    if tokenizer.chat_template is None:
+        return tokenizer(user_text + "\n").input_ids
+    turn = [{"role": "user", "content": user_text}]
+    text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def fits(prompt: list[int], max_new_tokens: int, max_context: int) -> bool:
+    return len(prompt) + max_new_tokens <= max_context
+
+
+def decode(tokenizer, prompt: list[int], token_ids: list[int]) -> str:
+    """A response's text. R1-Distill's template ends the prompt with `<think>`, which the text gets back in front."""
+    thinking = tokenizer.decode(prompt[-4:]).rstrip().endswith("<think>")
+    return "<think>\n" * thinking + tokenizer.decode(token_ids, skip_special_tokens=True)
+
+
+# ---------------------------------------------------------------------------------------------------- randomness
+
+
+def sample_seed(run_seed: int, step: int, question: int, sample: int) -> int:
+    """The seed of one sample, in [0, 2**63): a pure function of its place in the run, never of rank or batch. A hash,
+    not a sum: run_seed + step would give run 1's step 0 the samples of run 0's step 1."""
+    digest = hashlib.blake2b(f"{run_seed},{step},{question},{sample}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def uniforms(seeds: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """splitmix64(seed, index) -> [0, 1) in float64, elementwise on int64 tensors, which wrap as the hash wants.
+
+    Counter-based: token t of a sample needs no state, so no generator object per sample has to follow it around.
+    """
+
+    def xorshift(z, k):  # z ^ (z >>> k): torch's >> carries the sign in, a logical shift does not
+        return z ^ ((z >> k) & ((1 << (64 - k)) - 1))
+
+    z = seeds + (index + 1) * -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed integer, and so on
+    z = xorshift(z, 30) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
+    z = xorshift(z, 27) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
+    return ((xorshift(z, 31) >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
+
+
+def draw(logits, uniform, *, temperature: float, top_p: float, vocabulary: int):
+    """One id per row by inverse CDF. [R, V] logits, [R] uniforms -> [R] ids, [R] log-probabilities (float32).
+
+    mu = softmax(logits / T) over the tokenizer's ids: an embedding padded beyond them has rows that mean nothing
+    (vLLM can't sample them either, see VLLMEngine). The trainer's softmax runs over all rows, so padding shows as
+    log pi - log mu = log(1 - padding's mass): a trained model leaves it next to none. T = 0 takes the likeliest id,
+    and reports log-probabilities at T = 1, as vLLM does.
+    """
+    logits = logits.float() / (temperature or 1.0)  # a copy, unless T is 1: never change what the model returned
+    logits = logits.masked_fill(torch.arange(logits.shape[-1], device=logits.device) >= vocabulary, float("-inf"))
+    if top_p < 1:  # the smallest set of likeliest ids that holds top_p; for evaluation, it would bias Eq. 3
+        ordered, ids = logits.sort(descending=True)
+        beyond = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1) >= top_p
+        logits = logits.scatter(-1, ids, ordered.masked_fill(beyond, float("-inf")))
+    top, likeliest = logits.max(-1, keepdim=True)
+    weight = (logits - top).exp_()
+    mass = weight.cumsum(-1, dtype=torch.float64)  # float32 would lose the tail of 150,000 ids
+    ids = likeliest
+    if temperature > 0:
+        ids = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True).clamp_(max=logits.shape[-1] - 1)
+        # A parallel sum need not be monotone to the last bit: where rounding hit an id of no weight, take the likeliest.
+        ids = torch.where(weight.gather(-1, ids) > 0, ids, likeliest)
+    logprobs = logits.gather(-1, ids) - top - mass[:, -1:].log().float()
+    return ids[:, 0], logprobs[:, 0]
+
+
+# ---------------------------------------------------------------------------------------------------- Transformers
+
+
+def grouped_decode(module, query, key, value, attention_mask, scaling=None, **_):
+    """Attention of one new token a row, without copying keys and values for each query head.
+
+    With one query token, the G heads that share a key head can be handed over as G query positions: [R, KG, 1, D] ->
+    [R, K, G, D] costs nothing, where Transformers' sdpa repeats the whole cache G times as soon as there is a mask.
+    """
+    rows, heads, _, size = query.shape
+    query = query.reshape(rows, key.shape[1], -1, size)
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
+    return out.reshape(rows, 1, heads, -1), None
+
+
+AttentionInterface.register("grouped_decode", grouped_decode)
+
+
+class Slots(Cache):
+    """Keys, values and counters of the rows in flight. Row r is left-aligned: it holds tokens in columns [0, length[r]).
+
+    Left-aligned, so that rows of any age share a batch: the last row moves into a finished one's place (one row is
+    copied, not the cache) and new rows go behind. Preallocated: DynamicCache copies all of itself at every token.
+    """
+
+    def __init__(self, rows: int, columns: int, device):
+        super().__init__(layers=[])  # given positions and a 4-D mask, a model calls nothing of it but `update`
+        self.live, self.columns, self.most_columns = 0, 0, columns
+        self.keys, self.values = [], []  # one [rows, K, columns, D] per layer
+        self.counters = torch.zeros(4, rows, dtype=torch.int64, device=device)
+        self.last, self.length, self.drawn, self.seed = self.counters  # views: id to feed, tokens held, tokens drawn
+        self.row = torch.arange(rows, device=device)
+        self.column = torch.arange(columns, device=device)
+
+    def admit(self, prompts: list[list[int]], seeds: list[list[int]], cache) -> None:
+        """One row for each seed of each prompt; `cache` is the prefill's, its rows right-padded."""
+        counts = [len(s) for s in seeds]
+        rows = slice(self.live, self.live + sum(counts))
+        source = torch.arange(len(prompts)).repeat_interleave(torch.tensor(counts)).to(self.row.device)
+        width = max(map(len, prompts))
+        if not self.keys:
+            for layer in cache.layers:
+                self.keys.append(layer.keys.new_zeros(0, *layer.keys.shape[1:]))
+                self.values.append(layer.values.new_zeros(0, *layer.values.shape[1:]))
+        self.reserve(width)
+        for keys, values, layer in zip(self.keys, self.values, cache.layers):
+            keys[rows, :, :width], values[rows, :, :width] = layer.keys[source], layer.values[source]
+        # The prompt's last token is fed once more, so that its logits come from the same step as all others.
+        of_prompt = torch.tensor([[p[-1], len(p) - 1, 0] for p in prompts], device=self.row.device)
+        self.counters[:3, rows] = of_prompt[source].T
+        self.counters[3, rows] = torch.tensor([x for s in seeds for x in s], device=self.row.device)
+        self.live = rows.stop
+
+    def reserve(self, columns: int) -> None:
+        """Grow to hold `columns`, by doubling. With zeros, not empty memory: a masked column still meets 0 * NaN."""
+        if columns <= self.columns:
+            return
+        self.columns = min(max(columns, 2 * self.columns), self.most_columns)
+        for tensors in (self.keys, self.values):
+            for i, old in enumerate(tensors):
+                tensors[i] = old.new_zeros(len(self.row), old.shape[1], self.columns, old.shape[3])
+                tensors[i][: self.live, :, : old.shape[2]] = old[: self.live]
+
+    def step(self, width: int) -> dict:
+        """The model's arguments for one token of every row; `width` is the longest row's length with it."""
+        self.reserve(width)
+        self.width, length = width, self.length[: self.live]
+        self.new = (self.row[: self.live], slice(None), length)
+        mask = (self.column[:width] <= length[:, None])[:, None, None]  # [R, 1, 1, width]
+        return dict(input_ids=self.last[: self.live, None], position_ids=length[:, None], attention_mask=mask)
+
+    def update(self, key, value, layer: int, *_, **__):
+        """Called by each attention layer with the new token's [R, K, 1, D]; returns all that it is to attend to."""
+        keys, values = self.keys[layer], self.values[layer]
+        keys[self.new], values[self.new] = key[:, :, 0], value[:, :, 0]
+        return keys[: self.live, :, : self.width], values[: self.live, :, : self.width]
+
+    def drop(self, rows: list[int]) -> list[tuple[int, int]]:
+        """Free these rows; returns the (from, to) moves of the rows that took their places."""
+        self.live -= len(rows)
+        gone = set(rows)
+        movers = [r for r in range(self.live, self.live + len(rows)) if r not in gone]
+        holes = [r for r in rows if r < self.live]
+        if movers:
+            old, new = torch.tensor([movers, holes], device=self.row.device)
+            for tensor in (*self.keys, *self.values):
+                tensor[new, :, : self.width] = tensor[old, :, : self.width]
+            self.counters[:, new] = self.counters[:, old]
+        return list(zip(movers, holes))
+
+
+@contextlib.contextmanager
+def attention(model, name: str):
+    before, model.config._attn_implementation = model.config._attn_implementation, name
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+
+
+class TransformersEngine:
+    """Samples from the live model itself, with continuous batching: nothing to push, nothing to put to sleep."""
+
+    name = "transformers"
+    prefill_tokens = 16_384  # prompts go through the model in batches of at most so many tokens [ours]
+
+    def __init__(self, model, tokenizer, *, max_context=None, memory_share=0.3, max_batch=512):
+        config = model.config
+        if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"} or not getattr(
+            model, "_supports_attention_backend", False
+        ):
+            raise ValueError(f"the Transformers engine has no cache for {type(model).__name__}: full attention only; use vLLM")
+        self.model, self.tokenizer, self.max_batch = model, tokenizer, max_batch
+        self.max_context = max_context or config.max_position_embeddings
+        self.stop = stop_ids(model, tokenizer)
+        heads = config.num_key_value_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+        token_bytes = 2 * config.num_hidden_layers * heads * model.dtype.itemsize
+        if model.device.type == "cuda":
+            memory = torch.cuda.get_device_properties(model.device).total_memory
+        else:
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.cache_tokens = int(memory_share * memory) // token_bytes
+
+    def update_weights(self, model) -> None:
+        self.model = model
+
+    def sleep(self) -> None:
+        pass
+
+    def wake(self) -> None:
+        pass
+
+    @torch.no_grad()  # not inference_mode: a tensor the model keeps (a rotary table, say) could not be trained with
+    def generate(self, prompts, n, *, temperature, top_p=1.0, max_new_tokens, seeds, progress=None):
+        """n samples of each prompt. The rows in flight are at most `max_batch`, and as many as the memory share holds at
+        full length; a place that falls free goes to the next prompt, so that a long row holds up nobody."""
+        model, longest = self.model, max(map(len, prompts), default=0) + max_new_tokens
+        capacity = max(1, min(self.max_batch, self.cache_tokens // longest, len(prompts) * n))
+        samples = [[Sample([], [], "", False) for _ in range(n)] for _ in prompts]
+        pieces = [(b, range(i, min(i + capacity, n))) for b in range(len(prompts)) for i in range(0, n, capacity)]
+        pieces.sort(key=lambda piece: -len(prompts[piece[0]]))  # neighbours are padded to one length
+        slots, live = Slots(capacity, longest, model.device), []  # live[r]: the (prompt, sample) in row r
+        was_training = model.training
+        model.eval()  # also what lets a model with gradient checkpointing use its cache
+        try:
+            while pieces or live:
+                # Refill when an eighth is free: one prompt at a time would be many small prefills.
+                while pieces and (not live or capacity - len(live) >= max(len(pieces[0][1]), capacity // 8)):
+                    batch = self.next_batch(pieces, prompts, capacity - len(live))
+                    self.prefill(slots, [prompts[b] for b, _ in batch], [[seeds[b][i] for i in of] for b, of in batch])
+                    live += [(b, i) for b, of in batch for i in of]
+                width = max(len(prompts[b]) + len(samples[b][i].token_ids) for b, i in live)
+                with attention(model, "grouped_decode"):
+                    logits = model(**slots.step(width), past_key_values=slots, use_cache=True).logits[:, -1]
+                last, length, drawn, seed = slots.counters[:, : slots.live]
+                ids, logprobs = draw(
+                    logits, uniforms(seed, drawn), temperature=temperature, top_p=top_p, vocabulary=len(self.tokenizer)
+                )
+                last.copy_(ids), length.add_(1), drawn.add_(1)
+                done = []
+                for row, ((b, i), token, logprob) in enumerate(zip(live, ids.tolist(), logprobs.tolist())):
+                    sample = samples[b][i]
+                    sample.token_ids.append(token)
+                    sample.logprobs.append(logprob)
+                    sample.finished = token in self.stop
+                    if sample.finished or len(sample.token_ids) == max_new_tokens:
+                        sample.text = decode(self.tokenizer, prompts[b], sample.token_ids)
+                        done.append(row)
+                if done:
+                    for old, new in slots.drop(done):
+                        live[new] = live[old]
+                    del live[slots.live :]
+                    if progress:
+                        progress(len(done))
+        finally:
+            model.train(was_training)
+        return samples
+
+    def next_batch(self, pieces: list, prompts: list, free: int) -> list:
+        """Take from the front of `pieces` what fits into `free` rows and one prefill."""
+        batch = []
+        while pieces and len(pieces[0][1]) <= free:
+            width = len(prompts[(batch or pieces)[0][0]])
+            if batch and width * (len(batch) + 1) > self.prefill_tokens:
+                break
+            free -= len(pieces[0][1])
+            batch.append(pieces.pop(0))
+        return batch
+
+    def prefill(self, slots: Slots, prompts: list, seeds: list) -> None:
+        """Each prompt once, right-padded: causal attention keeps the padding from the tokens before it, without a mask.
+        The language head is not run."""
+        width = max(map(len, prompts))
+        ids = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=slots.row.device)
+        slots.admit(prompts, seeds, self.model.base_model(input_ids=ids, use_cache=True).past_key_values)
+
+
+def stop_ids(model, tokenizer) -> set[int]:
+    """The ids that end a response: the generation config's (a number or a list) and the tokenizer's."""
+    of_model = model.generation_config.eos_token_id
+    of_model = of_model if isinstance(of_model, list) else [of_model]
+    return {i for i in (*of_model, tokenizer.eos_token_id) if i is not None}
+
+
+def make_engine(kind: str, model, tokenizer, *, model_path: str, seed: int = 0, max_context=None, memory_share=0.3, **options):
+    """`auto`: vLLM if it is installed and there is a GPU. `model` is the live Hugging Face model."""
+    if kind == "auto":
+        kind = "vllm" if torch.cuda.is_available() and importlib.util.find_spec("vllm") else "transformers"
+    if kind == "transformers":
+        return TransformersEngine(model, tokenizer, max_context=max_context, memory_share=memory_share, **options)
+    raise NotImplementedError("vllm")
