@@ -431,10 +431,105 @@ def stop_ids(model, tokenizer) -> set[int]:
     return {i for i in (*of_model, tokenizer.eos_token_id) if i is not None}
 
 
-def make_engine(kind: str, model, tokenizer, *, model_path: str, seed: int = 0, max_context=None, memory_share=0.3, **options):
-    """`auto`: vLLM if it is installed and there is a GPU. `model` is the live Hugging Face model."""
+# ---------------------------------------------------------------------------------------------------- vLLM
+
+
+class VLLMEngine:
+    """vLLM 0.32.0 in the trainer's process, one engine per rank on the rank's own device. All of vLLM is in here.
+
+    Build it on all ranks together, after torch.distributed, and keep it until exit: deleting it destroys the trainer's
+    process group. Its construction reseeds torch, numpy and random. Lines marked CUDA were only read in vLLM's source.
+    """
+
+    name = "vllm"
+
+    def __init__(self, model, tokenizer, *, model_path, seed=0, max_context=None, memory_share=0.3, **options):
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # else the engine moves to a process of its own
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        from vllm import LLM, SamplingParams
+
+        self.tokenizer, self.parameters = tokenizer, SamplingParams
+        self.max_context = max_context or model.config.max_position_embeddings
+        self.stop = sorted(stop_ids(model, tokenizer))
+        # An embedding padded beyond the tokenizer: those ids must not be sampled. -100 is the strongest bias vLLM takes,
+        # and leaves them e^-100; `allowed_token_ids` would be checked id by id, 150,000 of them, for each request.
+        self.forbidden = {i: -100.0 for i in range(len(tokenizer), model.config.vocab_size)}
+        self.cuda = model.device.type == "cuda"
+        settings = dict(
+            skip_tokenizer_init=True,
+            # The plain backend would put every rank on cuda:0; this one takes torchrun's LOCAL_RANK.
+            distributed_executor_backend="external_launcher" if torch.distributed.is_initialized() else "uni",
+            dtype=str(model.dtype).removeprefix("torch."),
+            max_model_len=self.max_context,
+            gpu_memory_utilization=memory_share,
+            logprobs_mode="processed_logprobs",  # after the temperature; the default is before
+            enable_sleep_mode=self.cuda,
+            seed=seed,
+        )
+        if not self.cuda:  # for tests: the CPU sampler fails when a seeded request's prefill is cut in chunks
+            settings |= dict(enforce_eager=True, enable_chunked_prefill=False, kv_cache_memory_bytes=1 << 28)
+            settings |= dict(max_num_batched_tokens=max(8192, self.max_context))
+        self.llm = LLM(model_path, **settings | options)
+        self.asleep, self.fresh = False, True  # fresh: it has the weights of the checkpoint, or of the last push
+
+    def wake(self) -> None:
+        """CUDA: memory for the weights only, whose content is lost; `update_weights` fills it and wakes the rest."""
+        if self.asleep:
+            self.llm.wake_up(tags=["weights"])
+
+    def update_weights(self, model) -> None:
+        # state_dict, not named_parameters: that leaves out a tied lm_head, of which vLLM may hold a copy.
+        weights = iter(model.state_dict().items())
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        if self.asleep:
+            self.llm.wake_up(tags=["kv_cache"])  # CUDA: after the push, so that the two need not be held at once
+        self.llm.reset_prefix_cache()  # keys and values of the old weights
+        self.asleep, self.fresh = False, True
+
+    def sleep(self) -> None:
+        """CUDA: level 2 gives back keys, values and weights, which the next push brings anew. On CPU there is none."""
+        if self.cuda:
+            self.llm.sleep(level=2)
+            self.asleep, self.fresh = True, False
+
+    def generate(self, prompts, n, *, temperature, top_p=1.0, max_new_tokens, seeds, progress=None):
+        """As TransformersEngine.generate. A request a sample, so that each has its own seed; the prefix cache lets the
+        n of a prompt share its prefill."""
+        if not self.fresh:
+            raise RuntimeError("vLLM engine: generate() after sleep() needs wake() and update_weights() first")
+        samples = [[None] * n for _ in prompts]
+        places = [(b, i) for b in range(len(prompts)) for i in range(n)]
+        how = dict(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, stop_token_ids=self.stop)
+        how |= dict(logprobs=0, flat_logprobs=True, detokenize=False, logit_bias=self.forbidden or None)
+        try:
+            ids = self.llm.enqueue(
+                [{"prompt_token_ids": prompts[b]} for b, _ in places],
+                [self.parameters(seed=seeds[b][i], **how) for b, i in places],
+                use_tqdm=False,
+            )
+            place = dict(zip(ids, places))
+            while self.llm.llm_engine.has_unfinished_requests():
+                done = [output for output in self.llm.llm_engine.step() if output.finished]
+                for output in done:
+                    (b, i), out = place[output.request_id], output.outputs[0]
+                    text = decode(self.tokenizer, prompts[b], out.token_ids)
+                    finished = out.finish_reason == "stop"
+                    samples[b][i] = Sample(list(out.token_ids), list(out.logprobs.logprobs), text, finished)
+                if progress and done:
+                    progress(len(done))
+        except Exception as error:  # vLLM's own errors come with pages of context; the first line names them
+            reason = next(iter(str(error).splitlines()), "")
+            raise RuntimeError(f"vLLM engine: {type(error).__name__}: {reason}") from error
+        return samples
+
+
+def make_engine(kind: str, model, tokenizer, *, model_path: str, **options):
+    """`auto`: vLLM if it is installed and there is a GPU. `model` is the live Hugging Face model; options are seed,
+    max_context (longest prompt + response; default: the model's), memory_share (of the device's memory), and others
+    that the engine of that kind takes: max_batch, or any argument of vllm.LLM."""
     if kind == "auto":
         kind = "vllm" if torch.cuda.is_available() and importlib.util.find_spec("vllm") else "transformers"
-    if kind == "transformers":
-        return TransformersEngine(model, tokenizer, max_context=max_context, memory_share=memory_share, **options)
-    raise NotImplementedError("vllm")
+    if kind == "vllm":
+        return VLLMEngine(model, tokenizer, model_path=model_path, **options)
+    options.pop("seed", None)  # nothing here is random but by the seeds given to generate()
+    return TransformersEngine(model, tokenizer, **options)

@@ -44,6 +44,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -59,6 +60,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers.utils.logging import disable_progress_bar
 
 from error_pool import ErrorPool, correction_prompt, next_stage
 from evaluate import accuracy, fail, gather, sample_answers, sample_corrections, start_distributed, warn
@@ -68,6 +70,8 @@ from reward import Grader, find_correction
 from rollout import Problem, Sample, fits, load_problems, make_engine, render, sample_seed, solution_prompt
 
 HERE = Path(__file__).resolve().parent
+disable_progress_bar()  # of Hugging Face's loading and saving
+warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # its successor is not in torch 2.11 yet
 
 
 # ============================================================================================= 1. settings
@@ -1028,9 +1032,9 @@ def set_up(config: Config) -> Run:
         config.rollout, run.model, run.tokenizer, model_path=config.model, seed=config.seed,
         max_context=config.max_context, memory_share=config.memory_share,
     )  # fmt: skip
-    run.policy = DistributedDataParallel(
-        Policy(run.model, config.temperature, config.logprob_chunk), gradient_as_bucket_view=True, broadcast_buffers=False
-    )
+    # No buffers to broadcast: that would be a collective in each forward pass, and ranks differ in how many they run.
+    policy = Policy(run.model, config.temperature, config.logprob_chunk)
+    run.policy = DistributedDataParallel(policy, gradient_as_bucket_view=True, broadcast_buffers=False)
     run.grader = Grader(workers=config.grader_workers)
     run.pool = None
     if config.algorithm == "scrpo":
