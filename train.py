@@ -44,9 +44,10 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 import warnings
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -336,15 +337,18 @@ def sample_groups(run, step: int, tasks: list, stage: int, offset: int = 0) -> l
         run.engine.update_weights(run.model)
     with run.clock("rollout"):
         seeds = [[sample_seed(config.seed, step, offset + b, i) for i in range(config.group_size)] for b in mine]
-        samples = run.engine.generate(
-            [tasks[b][2] for b in mine], config.group_size,
-            temperature=config.temperature, max_new_tokens=config.max_new_tokens, seeds=seeds,
-        )  # fmt: skip
+        run.sampling = True
+        with run.bar("rollout", len(mine) * config.group_size) as bar:
+            samples = run.engine.generate(
+                [tasks[b][2] for b in mine], config.group_size, temperature=config.temperature,
+                max_new_tokens=config.max_new_tokens, seeds=seeds, progress=bar.update,
+            )  # fmt: skip
         run.engine.sleep()
     with run.clock("grading"):
         graded = grade_samples(run, [tasks[b] for b in mine], samples, stage)
     with run.clock("waiting"):  # for the slowest rank
         groups = [group for _, group in sorted(gather(list(zip(mine, graded))), key=lambda pair: pair[0])]
+    run.sampling = False
     run.state.samples += sum(len(group.samples) for group in groups)
     run.state.tokens += sum(len(sample.token_ids) for group in groups for sample in group.samples)
     return groups
@@ -404,16 +408,17 @@ class MasterAdamW:
     """
 
     def __init__(self, model, dtype: torch.dtype, config: Config, rank: int, world: int):
-        model.to(torch.promote_types(next(model.parameters()).dtype, dtype))
+        self.bf16, self.world = dtype != torch.float32, world
+        if not self.bf16:
+            model.float()
         self.params = [p for p in model.parameters() if p.requires_grad]
-        self.bf16, self.rank, self.world = dtype != torch.float32, rank, world
         load, self.owner = [0] * world, {}
         for i in sorted(range(len(self.params)), key=lambda i: -self.params[i].numel()):  # the largest first
             self.owner[i] = load.index(min(load))
             load[self.owner[i]] += self.params[i].numel()
-        self.masters = {
-            i: p.detach().float().clone() if self.bf16 else p for i, p in enumerate(self.params) if self.owner[i] == rank
-        }
+        mine = {i: p for i, p in enumerate(self.params) if self.owner[i] == rank}
+        # From the weights as they were stored, before they are rounded to bf16.
+        self.masters = {i: p.detach().to(torch.float32, copy=True) if self.bf16 else p for i, p in mine.items()}
         model.to(dtype)
         decayed = [m for m in self.masters.values() if m.dim() >= 2]
         plain = [m for m in self.masters.values() if m.dim() < 2]
@@ -428,7 +433,7 @@ class MasterAdamW:
         added. fp32: the gradients add up where they are."""
         if self.bf16:
             for i, master in self.masters.items():
-                master.grad = self.params[i].grad.float() if master.grad is None else master.grad + self.params[i].grad
+                master.grad = self.params[i].grad.float() if master.grad is None else master.grad.add_(self.params[i].grad)
             for p in self.params:
                 p.grad.zero_()
 
@@ -554,9 +559,12 @@ def update(run, step: int, groups: int, examples: list[Example]) -> dict:
             run.optimizer.accumulate()
         norm = run.optimizer.step(learning_rate(config, step))
         totals["updates"] += 1
-        totals["norm"] += norm
-        run.state.nonfinite_in_a_row = 0 if math.isfinite(norm) else run.state.nonfinite_in_a_row + 1
-        totals["nonfinite"] += not math.isfinite(norm)
+        if math.isfinite(norm):
+            totals["norm"] += norm
+            run.state.nonfinite_in_a_row = 0
+        else:
+            totals["nonfinite"] += 1
+            run.state.nonfinite_in_a_row += 1
     return average(totals, gather([totals]), config)
 
 
@@ -569,7 +577,7 @@ def anchor(run) -> torch.Tensor:
 def average(mine: Counter, ranks: list[Counter], config: Config) -> dict:
     """Sums over all ranks' loss tokens -> the step's metrics; None where nothing was trained on."""
     total = {name: sum(rank[name] for rank in ranks) for name in ("tokens", "clipped", "kl", "entropy", "gap", "capped", "loss")}
-    n, updates = total["tokens"], mine["updates"]
+    n, updates = total["tokens"], mine["updates"] - mine["nonfinite"]
     per_token = {"clip_fraction": "clipped", "entropy": "entropy", "logp_gap": "gap", "capped_fraction": "capped"}
     if config.beta:
         per_token["kl"] = "kl"
@@ -611,8 +619,12 @@ class State:
     nonfinite_in_a_row: int = 0
 
 
+class Preempted(Exception):
+    """SIGTERM came while samples were drawn."""
+
+
 class Run:
-    """Everything a step needs, under one name. No logic but the stopwatch and the voice of rank 0."""
+    """Everything a step needs, under one name. No logic but the stopwatch, the ear for SIGTERM and rank 0's voice."""
 
     config: Config
     rank: int
@@ -631,8 +643,18 @@ class Run:
     eval_problems: list[Problem]
     state: State
 
+    boundary: dict  # `boundary` before the current step
+
     def __init__(self, config: Config):
-        self.config, self.state, self.seconds, self.stop = config, State(), Counter(), False
+        self.config, self.state, self.seconds = config, State(), Counter()
+        self.stop = self.sampling = False
+
+    def interrupt(self, *_) -> None:
+        """SIGTERM. While samples are drawn, which may take minutes, the weights are still those of the last boundary,
+        and the step is given up; during the short update it is finished first."""
+        self.stop = True
+        if self.sampling:
+            raise Preempted
 
     @contextmanager
     def clock(self, part: str):
@@ -646,6 +668,10 @@ class Run:
         if self.rank == 0:
             tqdm.write(text)
 
+    def bar(self, what: str, total: int) -> tqdm:
+        """For long work within a step; it shows up after 5 seconds, so never on the toy."""
+        return tqdm(total=total, desc=what, unit="sample", leave=False, delay=5, disable=self.rank != 0)
+
 
 def train(run: Run) -> None:
     """The algorithm box of the paper."""
@@ -655,10 +681,11 @@ def train(run: Run) -> None:
     bar = tqdm(total=config.steps, initial=state.step, disable=run.rank != 0, desc="ScRPO" if run.pool else config.algorithm, unit="step")
     for step in range(state.step + 1, config.steps + 1):
         started, tokens, run.seconds = time.perf_counter(), state.tokens, Counter()
-        switch_stage(run, step)  # Eq. 9
+        run.boundary = boundary(run)
+        switched = switch_stage(run, step)  # Eq. 9
         act = trial_and_error if state.stage == 1 else self_correction
         groups, examples, metrics = act(run, step)  # Eqs. 1, 2, 7, 8 or 2, 10, 11, 12
-        if state.visit_loss_tokens == 0 and state.stage == 2:
+        if switched and state.stage == 2:
             show_correction(run, groups, examples)
         if config.train_stages in ("both", str(state.stage)):
             with run.clock("update"):
@@ -675,23 +702,25 @@ def train(run: Run) -> None:
         show_progress(bar, run, metrics)
         stop = any(gather([run.stop]))  # SIGTERM may reach the ranks in different steps
         if last or stop or step % config.save_every == 0:
-            save_checkpoint(run)
+            save_checkpoint(run, boundary(run))
+            prune_checkpoints(run)
         if last or stop:
             break
     bar.close()
 
 
-def switch_stage(run: Run, step: int) -> None:
-    """Eq. 9, and what is said at the border."""
+def switch_stage(run: Run, step: int) -> bool:
+    """Eq. 9, and what is said at the border. True if the stage changed."""
     state, before = run.state, run.state.stage
     if run.pool is None:
-        return
+        return False
     state.stage = next_stage(before, len(run.pool), run.config.pool_trigger, run.config.questions_per_step)  # Eq. 9
     if (before, state.stage) == (1, 2):
         state.visits, state.visit_loss_tokens = state.visits + 1, 0
     elif (before, state.stage) == (2, 1) and state.visit_loss_tokens == 0 and run.config.train_stages != "1":
         warn(f"step {step}: visit {state.visits} to stage 2 ended without a single loss token: no correction was both "
              "well-formed and right with an advantage; see well_formed and correction_success in metrics.jsonl")  # fmt: skip
+    return before != state.stage
 
 
 def alarm(run: Run, metrics: dict) -> None:
@@ -717,7 +746,8 @@ def evaluate_policy(run: Run) -> dict:
         run.engine.wake()
         run.engine.update_weights(run.model)
         how = {"temperature": config.temperature, "top_p": 1.0, "max_new_tokens": config.max_new_tokens, "seed": config.seed}
-        answers = sample_answers(run.engine, run.tokenizer, problems, run.grader, k=1, **how)
+        with run.bar("evaluation", len(problems) // run.world) as bar:
+            answers = sample_answers(run.engine, run.tokenizer, problems, run.grader, k=1, progress=bar.update, **how)
         wrong = [r for r in answers if r["verdict"] != "right"]
         corrections = sample_corrections(run.engine, run.tokenizer, wrong, run.grader, k=1, **how)
         run.engine.sleep()
@@ -779,25 +809,25 @@ def show_progress(bar, run: Run, metrics: dict) -> None:
 
 
 def show_correction(run: Run, groups: list[Group], examples: list[Example]) -> None:
-    """One correction in full; what is highlighted, and nothing else, carries gradient (Eq. 12)."""
-    chosen = next((e for e in examples if e.mask.any() and e.advantage), None)
-    if chosen is None:
-        run.say(f"\nstage 2, visit {run.state.visits}: no correction of this step carries gradient")
+    """One correction in full, with its prompt; what is highlighted, and nothing else, carries gradient (Eq. 12)."""
+    if not examples:
         return
-    group = groups[chosen.group]
-    sample = next(s for s in group.samples if (group.prompt + s.token_ids)[: len(chosen.ids)] == chosen.ids)
+    chosen = next((e for e in examples if e.mask.any() and e.advantage), examples[0])
+    group, decode = groups[chosen.group], run.tokenizer.decode
+    prompt, start, end = len(group.prompt), chosen.first, len(chosen.ids)
+    ids = group.prompt + next(s.token_ids for s in group.samples if (group.prompt + s.token_ids)[:end] == chosen.ids)
     on, off = ("\033[30;42m", "\033[0m") if sys.stdout.isatty() else (">>>", "<<<")
-    decode, end = run.tokenizer.decode, len(chosen.ids) - len(group.prompt)
-    start = chosen.first - len(group.prompt)
     run.say(
-        f"\n--- stage 2, visit {run.state.visits}: a prompt, and a correction that was rewarded (Â = {chosen.advantage:.2f}); "
-        f"between {on} and {off} what carries gradient\n{decode(group.prompt)}\n---\n"
-        f"{decode(sample.token_ids[:start])}{on}{decode(sample.token_ids[start:end])}{off}{decode(sample.token_ids[end:])}\n---"
+        f"\n--- stage 2, visit {run.state.visits}: a prompt and one correction, Â' = {chosen.advantage:.2f}; what carries gradient "
+        f"stands between {on} and {off}\n{decode(ids[:prompt])}\n---\n"
+        f"{decode(ids[prompt:start])}{on}{decode(ids[start:end])}{off}{decode(ids[end:])}\n---"
     )
 
 
 def summary(run: Run) -> None:
     """The table and the picture at the end."""
+    if run.rank != 0:
+        return
     lines = [json.loads(line) for line in (run.output / "metrics.jsonl").read_text().splitlines()]
     measured = [line for line in lines if line.get("eval_accuracy") is not None]
     spent = Counter()
@@ -849,31 +879,36 @@ def plot(lines: list[dict], path: Path) -> None:
 # ================================================================================================== 6. checkpoints
 
 
-def save_checkpoint(run: Run) -> None:
+def boundary(run: Run) -> dict:
+    """What a checkpoint holds beside weights and optimizer. Only `update` changes those, so together with the weights
+    of any later moment before the update it is still the state between two steps."""
+    return {"state": asdict(run.state), "pool": run.pool.state_dict() if run.pool is not None else None}
+
+
+def save_checkpoint(run: Run, between_steps: dict) -> None:
     """checkpoints/step_NNNNNN/rank_K.pt, each rank its own shard; rank_K.sha256 beside it says that it is whole.
 
     A rank's file counts only with a digest that fits, and a step only if every rank has one: a kill at any moment
     leaves the one before it. Works on a shared file system and on separate ones. `sha256sum -c` reads the digest.
     """
     with run.clock("checkpoint"):
-        folder, error = run.output / "checkpoints" / f"step_{run.state.step:06d}", None
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            buffer = io.BytesIO()
-            pool = run.pool.state_dict() if run.pool is not None else None
-            torch.save({"state": asdict(run.state), "pool": pool, "optimizer": run.optimizer.state_dict()}, buffer)
-            write_whole(folder / f"rank_{run.rank}.pt", buffer.getbuffer())
-            digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
-            write_whole(folder / f"rank_{run.rank}.sha256", f"{digest}  rank_{run.rank}.pt\n".encode())
-        except OSError as problem:
-            error = f"{folder}: the checkpoint cannot be written ({problem.strerror}); earlier ones are untouched. Mend that, then --resume"
-        agree(error)
-        older = sorted((run.output / "checkpoints").glob("step_*"))[: -run.config.keep_checkpoints]
-        for folder in older:  # only now that the new one is whole on every rank
-            for suffix in ("sha256", "pt"):
-                (folder / f"rank_{run.rank}.{suffix}").unlink(missing_ok=True)
-            if not any(folder.iterdir()):
-                shutil.rmtree(folder, ignore_errors=True)
+        folder = run.output / "checkpoints" / f"step_{between_steps['state']['step']:06d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        buffer = io.BytesIO()
+        torch.save({**between_steps, "optimizer": run.optimizer.state_dict()}, buffer)
+        write_whole(folder / f"rank_{run.rank}.pt", buffer.getbuffer())
+        digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
+        write_whole(folder / f"rank_{run.rank}.sha256", f"{digest}  rank_{run.rank}.pt\n".encode())
+
+
+def prune_checkpoints(run: Run) -> None:
+    """Removes the oldest, once the newest is whole on every rank."""
+    gather([None])
+    for folder in sorted((run.output / "checkpoints").glob("step_*"))[: -run.config.keep_checkpoints]:
+        for suffix in ("sha256", "pt"):
+            (folder / f"rank_{run.rank}.{suffix}").unlink(missing_ok=True)
+        with suppress(OSError):  # another rank's files are still in it
+            folder.rmdir()
 
 
 def write_whole(path: Path, data) -> None:
@@ -952,7 +987,8 @@ def claim_output(run: Run) -> None:
     try:
         if path.exists():
             saved = json.loads(path.read_text())
-            changed = [name for name in saved if name not in (*FREE, "launch") and saved[name] != settings.get(name)]
+            free = {*FREE, "launch"} - ({"steps"} if config.schedule == "cosine" else set())
+            changed = [name for name in saved if name not in free and saved[name] != settings.get(name)]
             if not (config.resume or restart):
                 error = f"--output_dir {run.output} already holds a run; add --resume to go on with it, or name another folder"
             elif changed:
@@ -1046,7 +1082,7 @@ def set_up(config: Config) -> Run:
     return run
 
 
-def introduce(run: Run) -> None:
+def introduce(run: Run, resumed: bool) -> None:
     """What is about to happen, and the first rendered prompt."""
     config, million = run.config, sum(p.numel() for p in run.model.parameters()) / 1e6
     run.say(
@@ -1056,29 +1092,55 @@ def introduce(run: Run) -> None:
         f"wait\nwriting to {run.output}\n--- stage 1: the first prompt\n"
         f"{run.tokenizer.decode(render(run.tokenizer, solution_prompt(run.problems[0].problem)))}\n---"
     )
+    if resumed:
+        run.say(f"resumed after step {run.state.step}, in stage {run.state.stage}, with {len(run.pool or ())} errors waiting")
     if million > 100 and config.learning_rate > 2e-5:
         warn(f"--learning_rate {config.learning_rate} suits the toy; a model of {million:,.0f} M parameters is usually trained at 1e-6")
 
 
-def main() -> None:
-    run = set_up(parse(sys.argv[1:]))
-    signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stop", True))  # the step is finished and saved, then exit 0
-    with run.grader:
-        resumed = load_checkpoint(run)
-        rewind_logs(run)
-        introduce(run)
-        if resumed:
-            run.say(f"resumed after step {run.state.step}, stage {run.state.stage}, {len(run.pool) if run.pool is not None else 0} errors waiting")
-        try:
+def leave(run: Run, error: Exception) -> None:
+    """Ends this rank by itself: another may have died or left, so nothing here is collective and no destructor runs.
+
+    Where the error came while samples were drawn, the last boundary is saved first. Then one line about the cause;
+    if that is another rank's death, its number: ranks still alive sign in torchrun's store, which outlives them.
+    """
+    if run.sampling and not isinstance(error, OSError):
+        with suppress(OSError):
+            save_checkpoint(run, run.boundary)
+    store, code = dist.distributed_c10d._get_default_store(), 0
+    store.set(f"alive_{run.rank}", "")
+    if not isinstance(error, Preempted):
+        time.sleep(2)
+        lost = [rank for rank in range(run.world) if not store.check([f"alive_{rank}"])]
+        if lost or not run.stop:  # else all got SIGTERM, and some left before us
+            code, traceback_file = 1, run.output / f"error_rank_{run.rank}.txt"
+            with suppress(OSError):
+                traceback_file.write_text("".join(traceback.format_exception(error)))
+            cause = f"lost rank {', '.join(map(str, lost))}" if lost else " ".join(f"{type(error).__name__}: {error}".split())
+            print(f"error: rank {run.rank}, step {run.state.step + 1}: {cause[:300]} (traceback: {traceback_file}); "
+                  "--resume goes on from the last whole checkpoint", file=sys.stderr)  # fmt: skip
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code)
+
+
+def main(arguments: Optional[list[str]] = None) -> None:
+    run = set_up(parse(sys.argv[1:] if arguments is None else arguments))
+    signal.signal(signal.SIGTERM, run.interrupt)
+    try:
+        with run.grader:
+            resumed = load_checkpoint(run)
+            rewind_logs(run)
+            introduce(run, resumed)
             train(run)
-        except FloatingPointError as error:
-            fail(str(error))
-        if run.stop:
-            run.say(f"stopped by SIGTERM after step {run.state.step}; --resume goes on from there")
-        else:
-            save_final(run)
-            if run.rank == 0:
+            if run.stop:
+                run.say(f"stopped by SIGTERM after step {run.state.step}; --resume goes on from there")
+            else:
+                save_final(run)
                 summary(run)
+    except FloatingPointError as error:
+        fail(str(error))
+    except (Preempted, RuntimeError, OSError) as error:  # SIGTERM; a lost rank or no memory; a full disk
+        leave(run, error)
     dist.destroy_process_group()
 
 
