@@ -122,7 +122,7 @@ class Config:
     overlong_cache: Optional[int] = flag(None, "C of Eq. 15, 0: off; default 0, max_new_tokens / 5 with dapo, as 4k of 20k")
     # Optimizer
     learning_rate: float = flag(5e-4, "5e-4 suits the toy; 1e-6 is usual for 1.5B and 7B (TRL: learning_rate)")
-    schedule: Literal["constant", "cosine"] = flag("constant", "after the warm-up; cosine: to 0 at the last step (TRL: lr_scheduler_type)")
+    schedule: Literal["constant", "cosine"] = flag("cosine", "after the warm-up; cosine, as open-rs: to 0 at the last step (TRL: lr_scheduler_type)")
     warmup_steps: int = flag(0, "steps of linear warm-up; DAPO 20 (TRL: warmup_steps)")
     weight_decay: float = flag(0.0, "AdamW's, on matrices only (TRL: weight_decay)")
     max_grad_norm: float = flag(1.0, "global norm to which gradients are clipped (TRL: max_grad_norm)")
