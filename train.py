@@ -119,7 +119,7 @@ class Config:
     analysis_span: Literal["sections", "prefix"] = flag("sections", "Eq. 12; prefix: all before `Corrected Solution` [ours]")
     # DAPO's own
     dynamic_sampling: Optional[int] = flag(None, "rounds of replacing groups of equal rewards; default 1: none, 4 with dapo [4: ours]")
-    overlong_cache: Optional[int] = flag(None, "C of Eq. 15, 0: off; default 0, max_new_tokens / 5 with dapo, as 4k of 20k")
+    overlong_cache: Optional[int] = flag(None, "C of Eq. 15; 0: off; default 0, max_new_tokens / 5 with dapo, as 4k of 20k")
     # Optimizer
     learning_rate: float = flag(5e-4, "5e-4 suits the toy; 1e-6 is usual for 1.5B and 7B (TRL: learning_rate)")
     schedule: Literal["constant", "cosine"] = flag("cosine", "after the warm-up; cosine, as open-rs: to 0 at the last step (TRL: lr_scheduler_type)")
