@@ -1,14 +1,14 @@
 """A model -> its accuracy on the benchmarks, with error bars, and every completion and judgement kept.
 
-    python evaluate.py                                                        # the toy on its own test, no GPU
+    python evaluate.py                                                         # the toy on its own test, no GPU
     torchrun --standalone --nproc_per_node=8 evaluate.py \\
-        --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --output eval/vanilla     # the paper's five benchmarks
-    python evaluate.py --model out/final --benchmarks aime24 my/problems.jsonl --k 16 --self_correct
-    python evaluate.py --regrade eval/vanilla/completions.jsonl               # no model: only the grader, again
-    python evaluate.py --compare eval/vanilla eval/grpo eval/scrpo            # paired, beside the paper's figures
+        --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --output eval/vanilla      # the paper's five benchmarks
+    python evaluate.py --model runs/mine/final --benchmarks aime24 my/problems.jsonl --k 16 --self_correct
+    python evaluate.py --regrade eval/vanilla/completions.jsonl                # no model: only the grader, again
+    python evaluate.py --compare eval/vanilla eval/grpo eval/scrpo             # paired, beside the paper's figures
 
-1. Problems. Benchmarks by name, from the hub or from a folder of NAME.jsonl files, or any JSONL by its path, with
-   one {"problem": ..., "answer": ...} a line.
+1. Problems. Benchmarks by name, from the hub or a folder of NAME.jsonl files, or any JSONL by its path, with one
+   {"problem": ..., "answer": ...} a line.
 2. Sampling. k samples of each question; question q is the work of rank q mod world. A sample's randomness is a
    function of (seed, question, sample) alone, so ranks, batches and interruptions change nothing.
 3. Grading. The last \\boxed{} against the gold (Eq. 1). A grading that fails or runs out of time is "ungradable":
@@ -16,11 +16,11 @@
 4. Files, in --output: completions.jsonl, appended after every chunk of samples; state.json, which says how much of
    it is whole and under which settings; in the end summary.json, table.md and accuracy.png. Killed at any moment, the
    same command goes on and ends with the same bytes. (So on a CPU. On a GPU the last bits of a logit depend on the
-   batch, and another number of ranks may turn a sample.)
-5. Figures. avg@k is the mean over k samples, then over questions: pass@1, with less noise than one sample has.
+   batch, so another number of ranks may turn a sample.)
+5. Figures. avg@k, the mean over k samples and then over questions, is pass@1 with less noise than one sample has.
    SE is its standard error over questions and samples both: how good is the model at questions like these?
    Sampling SE is the part that another seed would change on these very questions; it shrinks with k.
-   pass@k is the chance of at least one right among k, estimated without bias.
+   pass@k is the chance of at least one right among k, without bias.
 6. --self_correct. Each finished first answer, wrong or right, goes back as a correction prompt (Eq. 10). How often are
    wrong answers put right (Eq. 11), and how often are right ones spoiled?
 7. --compare. Differences between models on the same questions, which two separate error bars cannot show, with 95 %
@@ -43,7 +43,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Optional
 
 import numpy as np
 import torch
@@ -90,20 +90,20 @@ class EvalConfig:
     model: str = flag(str(HERE / "toy"), "folder or hub id of a Hugging Face causal language model")
     benchmarks: list[str] = flag([], f"names ({', '.join(BENCHMARKS)}) or paths of JSONL files; none: these five, or "
                                      "the test.jsonl that lies in the model's folder, as in toy/")  # fmt: skip
-    benchmarks_dir: str = flag("", "folder with NAME.jsonl for each name; none: names are fetched from the hub")
+    benchmarks_dir: Optional[str] = flag(None, "folder with NAME.jsonl for each name; none: names are fetched from the hub")
     k: int = flag(0, "samples a question; 0: 64 for aime24 and amc23, else 4, and 1 at temperature 0")
     temperature: float = flag(0.6, "of sampling, 0: greedy; 0.6 is R1-Distill's protocol")
     top_p: float = flag(0.95, "sample from the likeliest tokens that together have this probability; 0.95: R1-Distill")
     max_new_tokens: int = flag(0, "longest response; 0: R1-Distill's 32768, or half the context of a smaller model")
     seed: int = flag(0, "decides every sample, together with the question's and the sample's number")
     self_correct: bool = flag(False, "measure corrections of the first answers too; may be added when these are there")
-    output: str = flag("", "folder of all that is written; none: eval/MODEL, FILE-regraded, or eval/A-vs-B")
+    output: Optional[str] = flag(None, "folder of all that is written; none: eval/MODEL, FILE-regraded, or eval/A-vs-B")
     rollout: Literal["auto", "vllm", "transformers"] = flag("auto", "engine; auto: vLLM if installed and there is a GPU")
     precision: Literal["auto", "fp32", "bf16"] = flag("auto", "of the weights; auto: bf16 on a GPU, else fp32")
-    memory_share: float = flag(0.85, "share of a GPU's memory that vLLM may use")
+    memory_share: float = flag(0.7, "share of memory for sampling: vLLM's with its weights, or Transformers' cache")
     chunk_samples: int = flag(2048, "samples between two writes, over all ranks: what an interruption can cost")
     grader_workers: int = flag(2, "grading processes a rank")
-    regrade: str = flag("", "JSONL to grade again; each line needs `response`, and `gold` or `answer`")
+    regrade: Optional[str] = flag(None, "JSONL to grade again; each line needs `response`, and `gold` or `answer`")
     compare: list[str] = flag([], "folders of finished evaluations; the first is the one that others are compared with")
 
 
@@ -319,69 +319,73 @@ def bootstrap(differences, draws=10_000, seed=0):
 
 
 def summarize(records):
-    """The figures of one benchmark; None for what one sample or one question cannot tell, or a regraded file lacks."""
+    """The figures of one benchmark; nan where one sample or one question cannot tell, or a regraded file does not."""
     groups = defaultdict(list)
     for r in records:
         groups[r["question"]].append(r["verdict"] == "right")
     k = min(map(len, groups.values()))
     mean, error = accuracy(records)
-    share = lambda name, value: np.mean([r[name] == value for r in records]) if name in records[0] else np.nan
-    figures = {
-        "accuracy": mean, "se": error, "se_sampling": sampling_error(list(groups.values())),
+    share = lambda name, value: np.mean([r[name] == value if name in r else np.nan for r in records])
+    return {
+        "questions": len(groups), "k": k, "accuracy": mean, "se": error, "se_sampling": sampling_error(list(groups.values())),
         "tokens": np.mean([r.get("tokens", np.nan) for r in records]),
         "truncated": share("finished", False), "ungradable": share("verdict", "ungradable"),
         **{f"pass@{j}": np.mean([pass_at_k(len(g), sum(g), j) for g in groups.values()])
-           for j in sorted({1, k} | {2**i for i in range(k.bit_length()) if 2**i <= k})},
+           for j in sorted({2**i for i in range(k.bit_length())} | {k})},
     }  # fmt: skip
-    return {"questions": len(groups), "k": k, **known(figures)}
 
 
 def summarize_corrections(corrections, answers):
     """Both directions: wrong first answers put right, right first answers spoiled."""
     wrong = [r for r in corrections if r["first_verdict"] != "right"]
     right = [r for r in corrections if r["first_verdict"] == "right"]
-    corrected, kept, after = accuracy(wrong), accuracy(right), accuracy(corrections)
-    well_formed = lambda part: clustered_mean([0] * len(part), [r["well_formed"] for r in part])[0]
-    return {"wrong": len(wrong), "right": len(right), "left_out": len(answers) - len(corrections), **known({
-        "corrected": corrected[0], "corrected_se": corrected[1], "well_formed_of_wrong": well_formed(wrong),
-        "spoiled": 1 - kept[0], "spoiled_se": kept[1], "well_formed_of_right": well_formed(right),
-        "before": len(right) / max(1, len(corrections)), "after": after[0], "after_se": after[1]})}  # fmt: skip
-
-
-def known(figures):
-    """JSON has no nan."""
-    return {name: None if np.isnan(value) else float(value) for name, value in figures.items()}
+    (corrected, corrected_se), (kept, kept_se), (after, after_se) = map(accuracy, (wrong, right, corrections))
+    well_formed = lambda part: clustered_mean([r["question"] for r in part], [r["well_formed"] for r in part])[0]
+    return {
+        "wrong": len(wrong), "corrected": corrected, "corrected_se": corrected_se, "well_formed_of_wrong": well_formed(wrong),
+        "right": len(right), "spoiled": 1 - kept, "spoiled_se": kept_se, "well_formed_of_right": well_formed(right),
+        "before": len(right) / max(1, len(corrections)), "after": after, "after_se": after_se,
+        "left_out": len(answers) - len(corrections),
+    }  # fmt: skip
 
 
 # ===================================================================================================== 5. files
 
 
 def write_json(path, value):
-    """Whole or not at all: a kill leaves the old file or the new one."""
-    path.with_suffix(".tmp").write_text(json.dumps(value, indent=1) + "\n")
+    """Whole or not at all: a kill leaves the old file or the new one. nan, which JSON has not, becomes null."""
+
+    def plain(x):
+        if isinstance(x, dict):
+            return {name: plain(y) for name, y in x.items()}
+        return [plain(y) for y in x] if isinstance(x, (list, tuple)) else None if x != x else x
+
+    path.with_suffix(".tmp").write_text(json.dumps(plain(value), indent=1) + "\n")
     os.replace(path.with_suffix(".tmp"), path)
 
 
 def open_output(folder, settings):
     """state.json of the folder: new, or as an evaluation with the same settings left it. On rank 0 only."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:  # never closed: the lock lasts until the process ends, however it ends
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Never closed: the lock lasts until the process ends, however it ends.
         fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"--output {folder}: another evaluation is writing there; wait for it, or name another") from None
-    path, new = folder / "state.json", {"settings": settings} | {part: {"questions": 0, "bytes": 0} for part in PARTS}
-    if not path.exists() and not any((folder / part).exists() for part in PARTS):
-        write_json(path, new)
+    except OSError as error:
+        reason = "another evaluation is writing there" if isinstance(error, BlockingIOError) else error.strerror
+        raise ValueError(f"--output {folder}: {reason}; name another folder") from None
+    path, sizes = folder / "state.json", {part: (folder / part).stat().st_size for part in PARTS if (folder / part).exists()}
     if not path.exists():
-        raise ValueError(f"--output {folder} holds completions without their state.json: name another folder")
+        if sizes:
+            raise ValueError(f"--output {folder} holds completions, but no state.json to continue from; name another folder")
+        write_json(path, {"settings": settings} | {part: {"questions": 0, "bytes": 0} for part in PARTS})
     state = json.loads(path.read_text())
     for name in state["settings"] | settings:
         if (there := state["settings"].get(name)) != (here := settings.get(name)):
-            raise ValueError(f"--output {folder} was begun with another {name}, {there!r}, not {here!r}: name another "
-                             "folder, or continue it with its own settings")  # fmt: skip
+            raise ValueError(f"--output {folder} was begun with another {name}, {there!r}, not {here!r}; name another folder, "
+                             "or continue with its own settings")  # fmt: skip
     for part in PARTS:
-        if state[part]["bytes"] > (folder / part).stat().st_size if (folder / part).exists() else state[part]["bytes"]:
-            raise ValueError(f"{folder / part} lacks lines that state.json counts: restore it, or name another --output")
+        if sizes.get(part, 0) < state[part]["bytes"]:
+            raise ValueError(f"{folder / part} is shorter than state.json says; restore it, or name another --output")
     return state
 
 
@@ -447,12 +451,12 @@ def fingerprint(model):
 # ==================================================================================================== 6. report
 
 
-def percent(value, error=None):
+def percent(value, error=np.nan):
     """
-    >>> percent(0.4567), percent(0.4567, 0.0123), percent(None)
+    >>> percent(0.4567), percent(0.4567, 0.0123), percent(np.nan)
     ('45.7', '45.7 ± 1.2', '–')
     """
-    return "–" if value is None else f"{100 * value:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
+    return f"{100 * value:.1f} ± {100 * error:.1f}".replace(" ± nan", "").replace("nan", "–")
 
 
 def markdown(header, rows):
@@ -460,31 +464,31 @@ def markdown(header, rows):
 
 
 def average(figures):
-    """(mean, standard error) over benchmarks, (mean, standard error) each: all count the same, as in the paper."""
+    """(mean, standard error) over benchmarks of (mean, standard error): each counts the same, as in the paper."""
     means, errors = zip(*figures)
-    return float(np.mean(means)), None if None in errors else math.hypot(*errors) / len(errors)
+    return float(np.mean(means)), math.hypot(*errors) / len(errors)
 
 
-def report(folder, settings):
+def report(folder, settings, corrections=False):
     """Writes summary.json, table.md and accuracy.png about the completions in `folder`, and prints the table."""
-    answers = read_records(folder / "completions.jsonl")
-    figures = {name: summarize(records) for name, records in answers.items()}
-    series = {"avg@k": {name: (f["accuracy"], f["se"]) for name, f in figures.items()}}
+    answers = read_records(folder / PARTS[0])
+    first = {name: summarize(records) for name, records in answers.items()}
+    series = {"avg@k": {name: (f["accuracy"], f["se"]) for name, f in first.items()}}
     mean, error = average(series["avg@k"].values())
-    summary = {"settings": settings, "benchmarks": figures, "average": {"accuracy": mean, "se": error}}
+    summary = {"settings": settings, "benchmarks": first, "average": {"accuracy": mean, "se": error}}
     text = markdown(
-        "benchmark|questions|k|avg@k ± SE (%)|sampling SE|pass@k|tokens|truncated (%)|ungradable (%)".split("|"),
+        ["benchmark", "questions", "k", "avg@k ± SE (%)", "sampling SE", "pass@k", "tokens", "truncated (%)", "ungradable (%)"],
         [[name, str(f["questions"]), str(f["k"]), percent(f["accuracy"], f["se"]), percent(f["se_sampling"]),
-          percent(f[f"pass@{f['k']}"]), f"{f['tokens']:.0f}" if f["tokens"] else "–", percent(f["truncated"]),
-          percent(f["ungradable"])] for name, f in figures.items()]
-        + [["average", "", "", percent(mean, error), *[""] * 5]] * (len(figures) > 1))  # fmt: skip
-    if (folder / "corrections.jsonl").exists():
-        second = {n: summarize_corrections(r, answers[n]) for n, r in read_records(folder / "corrections.jsonl").items()}
+          percent(f[f"pass@{f['k']}"]), f"{f['tokens']:.0f}".replace("nan", "–"), percent(f["truncated"]),
+          percent(f["ungradable"])] for name, f in first.items()]
+        + [["average", "", "", percent(mean, error), *[""] * 5]] * (len(first) > 1))  # fmt: skip
+    if corrections:
+        second = {n: summarize_corrections(r, answers[n]) for n, r in read_records(folder / PARTS[1]).items()}
         summary["self_correction"] = second
         series["after self-correction"] = {name: (f["after"], f["after_se"]) for name, f in second.items()}
         text += "\n" + markdown(
-            "self-correction|wrong first|put right (%)|well-formed (%)|right first|spoiled (%)|well-formed (%)|"
-            "right before (%)|right after (%)|left out".split("|"),
+            ["self-correction", "wrong first", "put right (%)", "well-formed (%)", "right first", "spoiled (%)",
+             "well-formed (%)", "right before (%)", "right after (%)", "left out"],
             [[name, str(f["wrong"]), percent(f["corrected"], f["corrected_se"]), percent(f["well_formed_of_wrong"]),
               str(f["right"]), percent(f["spoiled"], f["spoiled_se"]), percent(f["well_formed_of_right"]),
               percent(f["before"]), percent(f["after"], f["after_se"]), str(f["left_out"])]
@@ -493,7 +497,7 @@ def report(folder, settings):
     write_json(folder / "summary.json", summary)
     (folder / "table.md").write_text(text)
     draw(folder / "accuracy.png", series)
-    print(f"{text}\nIn {folder}: completions.jsonl, summary.json, table.md, accuracy.png")
+    print(f"{text}\nIn {folder}: {PARTS[0]}, summary.json, table.md, accuracy.png")
 
 
 def draw(path, series):
@@ -504,13 +508,13 @@ def draw(path, series):
     from matplotlib import pyplot as plt
 
     names = list(dict.fromkeys(name for values in series.values() for name in values))
-    figure, axes = plt.subplots(figsize=(2 + 1.5 * len(names), 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(max(5, 2 + 1.2 * len(names)), 4), layout="constrained")
     for i, (label, values) in enumerate(series.items()):
         places = [names.index(name) + 0.8 * ((i + 0.5) / len(series) - 0.5) for name in values]
-        means, errors = ([100 * (x or 0) for x in column] for column in zip(*values.values()))
+        means, errors = 100 * np.nan_to_num(list(values.values())).T
         axes.bar(places, means, 0.8 / len(series), yerr=errors, capsize=3, label=label)
     axes.set(xticks=range(len(names)), xticklabels=names, ylabel="right (%)", ylim=(0, 100))
-    axes.legend(frameon=False)
+    axes.legend(frameon=False).set_in_layout(False)  # or a long name would squeeze the bars out
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -568,7 +572,7 @@ def evaluate(c):
     k = {name: c.k or (1 if c.temperature == 0 else BENCHMARKS.get(name, ("", OTHER_K))[1]) for name in benchmarks}
     settings = {"model": c.model, "weights": fingerprint(model)} | {
         name: f"{len(asked[name])} of {len(problems)} questions, k = {k[name]}, sha256 "
-              + hashlib.sha256(repr(problems).encode()).hexdigest()[:12] for name, problems in benchmarks.items()} | {
+              + hashlib.sha256(repr([(p.problem, p.answer) for p in problems]).encode()).hexdigest()[:12] for name, problems in benchmarks.items()} | {
         "temperature": c.temperature, "top_p": c.top_p, "max_new_tokens": length, "seed": c.seed,
         "prompt": f"problem, newline, {INSTRUCTION!r}; {'the' if tokenizer.chat_template else 'no'} chat template; no system prompt",
         "engine": f"{engine.name}, {str(model.dtype).removeprefix('torch.')} on {device.type}",
@@ -583,17 +587,17 @@ def evaluate(c):
             if bad := grader.unparsable([p.answer for p in problems]):
                 warn(f"{name}: {len(bad)} golds cannot be read as mathematics and are matched as text only, the first is "
                      f"{problems[bad[0]].answer[:60]!r}")  # fmt: skip
-        fill(folder, "completions.jsonl", state, tasks, k, c.chunk_samples,
+        fill(folder, PARTS[0], state, tasks, k, c.chunk_samples,
              lambda name, questions, progress: sample_answers(engine, tokenizer, benchmarks[name], grader, k=k[name],
                                                               questions=questions, progress=progress, **sampling))  # fmt: skip
         if c.self_correct:
-            firsts = read_records(folder / "completions.jsonl")
-            fill(folder, "corrections.jsonl", state, tasks, k, c.chunk_samples,
+            firsts = read_records(folder / PARTS[0])
+            fill(folder, PARTS[1], state, tasks, k, c.chunk_samples,
                  lambda name, questions, progress: sample_corrections(
                      engine, tokenizer, [r for r in firsts[name] if r["question"] in questions], grader,
                      progress=progress, **sampling))  # fmt: skip
     if rank == 0:
-        report(folder, settings)
+        report(folder, settings, corrections=state[PARTS[1]]["questions"] == len(tasks))
 
 
 def completions(path):
