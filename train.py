@@ -419,7 +419,8 @@ class MasterAdamW:
         mine = {i: p for i, p in enumerate(self.params) if self.owner[i] == rank}
         # From the weights as they were stored, before they are rounded to bf16.
         self.masters = {i: p.detach().to(torch.float32, copy=True) if self.bf16 else p for i, p in mine.items()}
-        model.to(dtype)
+        for p in model.parameters():  # not model.to(dtype): it would round the rotary frequencies too, and turn late positions
+            p.data = p.data.to(dtype)
         decayed = [m for m in self.masters.values() if m.dim() >= 2]
         plain = [m for m in self.masters.values() if m.dim() < 2]
         self.adam = torch.optim.AdamW(
@@ -434,8 +435,8 @@ class MasterAdamW:
         if self.bf16:
             for i, master in self.masters.items():
                 master.grad = self.params[i].grad.float() if master.grad is None else master.grad.add_(self.params[i].grad)
-            for p in self.params:
-                p.grad.zero_()
+            for p in self.params:  # not zero_(): DDP moves to new buckets once, and must not find the old ones still held
+                p.grad = None
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> float:
