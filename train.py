@@ -566,6 +566,7 @@ def update(run, step: int, groups: int, examples: list[Example]) -> dict:
         else:
             totals["nonfinite"] += 1
             run.state.nonfinite_in_a_row += 1
+    torch.cuda.empty_cache()  # vLLM wakes past torch's allocator, and cannot use what that keeps; nothing happens on a CPU
     return average(totals, gather([totals]), config)
 
 
