@@ -138,12 +138,13 @@ def policy_loss(logp, old_logp, ref_logp, advantages, mask, *, clip_low, clip_hi
 
     logp         log pi_theta of the sampled tokens [S,T], with gradient
     old_logp     log pi_old [S,T], no gradient flows into it
-    ref_logp     log pi_ref [S,T]; None is allowed when beta = 0
+    ref_logp     log pi_ref [S,T]; None only when beta = 0
     advantages   Â [S]
     mask         which tokens carry loss [S,T]: all of o_i in stage 1, m of Eq. 12 in stage 2
     weights      w of Eq. 14 [S,T], or None for 1
     denominator  `step_denominator` of the whole optimizer step, when these samples are only a part of it; without,
-                 they are the whole step and, for "dr_grpo", L_max = T
+                 they are the whole step and, for "dr_grpo", L_max = T. Always needed by "dapo" in stage 2, where
+                 the analyses of failed corrections count and the mask no longer shows them
 
     Returns (loss, stats); stats holds sums over the masked tokens as tensors without gradient: tokens, clipped, kl.
     No tensor of the caller is changed, and what stands outside the mask, NaN included, has no influence.
@@ -168,6 +169,8 @@ def policy_loss(logp, old_logp, ref_logp, advantages, mask, *, clip_low, clip_hi
             [ 1.,  1.],
             [ 1.,  0.]])
     """
+    if beta != 0 and ref_logp is None:
+        raise ValueError(f"beta is {beta}, so ref_logp is needed")
     mask = mask.bool()
     lengths = mask.sum(dim=1)
     if denominator is None:
