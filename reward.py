@@ -1,88 +1,83 @@
-"""Responses -> R in {0, 1} (Eq. 1), and the sections of a correction (Eqs. 11, 12).
+r"""Responses -> R in {0, 1} (Eq. 1), and the two sections of a correction (Eqs. 11, 12).
 
-The trainer's side, above, finds the answer in a response and hands it to a worker, a process that it can kill.
-The worker's side, below, is the marker: it tidies notation and lets math-verify compare. Only it imports math-verify.
+The reward is the only teacher, so the grader must not be fooled, must not hang and must not fail in silence.
 
-    >>> final_answer(r"<think>\\boxed{1}?</think> So it is \\boxed{\\frac{1}{2}}.")
-    '\\\\frac{1}{2}'
-    >>> grade([r"\\boxed{0.5}", r"\\boxed{0.33}"], [r"\\frac12", r"\\frac13"])
-    [1.0, 0.0]
+    1. The last \boxed{} after the last </think> is the answer; words outside it never count.
+    2. An answer that equals the gold letter for letter is right. All others go to a worker: a subprocess that imports
+       math-verify (never torch), lives under a memory limit, and is killed and replaced when it misses its deadline.
+       Not a thread, which nothing can stop (9^{9^{9^9}} holds the GIL for a minute); not `signal.alarm`, which works in
+       a main thread only and takes the caller's timer away; not multiprocessing, whose spawn imports the trainer again.
+    3. The worker tidies notation as a fair human marker would, takes lists apart, and lets math-verify read what is
+       left. Numbers and terms are compared exactly: 0.333 is not 1/3, and 2^{-99} is not 2^{-98}.
+    4. A verdict is "right", "wrong" or "ungradable" (timed out, out of memory, crashed, unreadable gold); the third
+       earns nothing, but it is counted apart.
+
+    >>> grade([r"So x = \boxed{0.5}.", r"\boxed{0.333}", r"1/3"], [r"\frac12", r"\frac13", r"\frac13"])
+    [1.0, 0.0, 0.0]
 """
 
+import bisect
 import collections
+import contextlib
+import functools
 import json
 import os
 import re
-import selectors
 import subprocess
 import sys
 import time
+import unicodedata
+from fractions import Fraction
+from multiprocessing.connection import wait
 
 ANALYSIS_HEADER, SOLUTION_HEADER = "Analysis", "Corrected Solution"
-LONGEST_ANSWER = 2000  # characters; nothing longer is read as mathematics
+LONGEST_ANSWER = 2000  # characters; a longer one is not read at all: ungradable, unless it is the gold itself
+MEMORY = 2**30         # bytes of address space for a worker, which needs a tenth of it
+START = 120.0          # seconds in which a new worker must be ready; 0.7 on an idle core
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------
 # The trainer's side
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------
+def after_thinking(text):
+    """Where the answer begins: behind the last </think>, 0 if nobody thinks; None if thinking never ends."""
+    start = text.rfind("</think>")
+    start = start + len("</think>") if start >= 0 else 0
+    return None if "<think>" in text[start:] else start
+
+
 def final_answer(text):
-    """The content of the last \\boxed{} after the last </think>; None if it is missing, empty or left open."""
-    head, closed, tail = text.rpartition("</think>")
-    if not closed and "<think>" in text or closed and "<think>" in tail:
-        return None  # thinking that never ends is no answer
-    boxes = list(re.finditer(r"\\boxed\s*", tail))
-    if not boxes:
+    r"""The content of the last \boxed{} after the thinking; None if it is missing, empty or left open.
+
+    >>> final_answer(r"<think> \boxed{1}? </think> First \boxed{2}, or rather \boxed{\frac{1}{\sqrt{2}}}.")
+    '\\frac{1}{\\sqrt{2}}'
+    >>> [final_answer(text) for text in (r"<think> \boxed{1}", r"\boxed{1} \boxed{2", r"\boxed{ }", r"\fbox{1}", "1")]
+    [None, None, None, None, None]
+    """
+    start = after_thinking(text)
+    last = text.rfind(r"\boxed")
+    if start is None or last < start:
         return None
-    body = tail[boxes[-1].end():]
-    if not body.startswith("{"):
-        return None
+    body = text[last + len(r"\boxed"):].lstrip()
+    if number := re.match(r"-?\d[\d.,/]*", body):
+        return number[0].rstrip(".,")  # without braces TeX boxes what comes next
     depth = 0
-    for match in re.finditer(r"\\.|[{}]", body, re.DOTALL):
-        depth += {"{": 1, "}": -1}.get(match[0], 0)  # an escaped \{ or \} does not count
-        if depth == 0:
-            return body[1:match.start()].strip() or None
+    for match in re.finditer(r"\\.|[{}]", body, re.DOTALL):  # an escaped \{ opens nothing
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if depth <= 0:
+            return body[1:match.start()].strip() or None if body.startswith("{") else None
     return None
 
 
-class Worker:
-    """One `python reward.py --worker`: a JSON line in, a JSON line out, never more than one job in flight."""
-
-    def __init__(self):
-        self.process = subprocess.Popen(
-            [sys.executable, os.path.abspath(__file__), "--worker"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        )
-        first = self.receive()
-        if first != "ready":
-            self.kill()
-            raise RuntimeError(f"the grading worker did not start: {first}")
-
-    def send(self, job):
-        try:
-            self.process.stdin.write(json.dumps(job).encode() + b"\n")
-            self.process.stdin.flush()
-        except OSError:
-            pass  # it is dead: receive() will say so
-
-    def receive(self):
-        line = self.process.stdout.readline()
-        return json.loads(line) if line.endswith(b"\n") else None
-
-    def kill(self):
-        self.process.kill()
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            try:
-                pipe.close()
-            except OSError:
-                pass
-
-
 class Grader:
-    """A pool of killable workers. `deadline` is in seconds and for one item."""
+    """A pool of worker processes, started when first needed and kept between calls.
+
+    `deadline` is in seconds and for each item; `counts` adds up the verdicts of all calls. Works in any thread (one
+    at a time), in a notebook and on every rank; the caller's signal handlers and timers are not touched.
+    """
 
     def __init__(self, workers=2, deadline=5.0):
-        self.size, self.deadline = workers, deadline
+        self.workers, self.deadline = workers, deadline
         self.idle = []
         self.counts = collections.Counter()
 
@@ -94,162 +89,481 @@ class Grader:
 
     def close(self):
         while self.idle:
-            self.idle.pop().kill()
+            stop_worker(self.idle.pop())
 
     def verdicts(self, responses, golds):
-        """"right", "wrong" or "ungradable" for each response."""
-        verdicts, jobs = [None] * len(responses), []
+        """A list of "right", "wrong" or "ungradable", one for each response and its gold answer."""
+        verdicts, jobs = [], {}
         for i, (response, gold) in enumerate(zip(responses, golds, strict=True)):
             answer = final_answer(response)
-            if answer is None:
-                verdicts[i] = "wrong"
-            elif answer == gold.strip():
-                verdicts[i] = "right"
-            elif len(answer) > LONGEST_ANSWER:
-                verdicts[i] = "ungradable"
-            else:
-                jobs.append((i, {"gold": gold, "answer": answer, "deadline": self.deadline}))
-        for i, verdict in self._run(jobs):
-            verdicts[i] = verdict
+            verdicts.append("wrong" if answer is None else "right" if answer == gold.strip() else "ungradable")
+            if verdicts[i] == "ungradable" and len(answer) <= LONGEST_ANSWER:
+                jobs.setdefault((gold, answer), []).append(i)  # samples of a group often agree: grade once
+        for job, verdict in self.run(jobs):
+            for i in jobs[job]:
+                verdicts[i] = verdict
         self.counts.update(verdicts)
         return verdicts
 
     def grade(self, responses, golds):
-        """R of Eq. 1: 1.0 if right, else 0.0."""
+        """R of each response: 1.0 if it is right, else 0.0."""
         return [float(verdict == "right") for verdict in self.verdicts(responses, golds)]  # Eq. 1
 
     def unparsable(self, golds):
-        """Indices of the golds that math-verify cannot read."""
-        jobs = [(i, {"gold": gold, "deadline": self.deadline}) for i, gold in enumerate(golds)]
-        return sorted(i for i, verdict in self._run(jobs) if verdict == "ungradable")
+        """The indices of golds that cannot be read: nothing but the same letters could ever be right."""
+        verdicts = dict(self.run({(gold, None): None for gold in golds}))
+        return [i for i, gold in enumerate(golds) if verdicts[gold, None] == "ungradable"]
 
-    def _run(self, jobs):
-        """Yield (index, verdict) for each (index, job), in the order in which they end."""
-        jobs, busy = collections.deque(jobs), {}
-        with selectors.DefaultSelector() as selector:
-            try:
-                while jobs or busy:
-                    while jobs and len(busy) < self.size:
-                        worker = self.idle.pop() if self.idle else Worker()
-                        index, job = jobs.popleft()
-                        selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
-                        busy[worker] = index, time.monotonic() + self.deadline
-                        worker.send(job)
-                    soonest = min(end for _, end in busy.values())
-                    ready = [key.data for key, _ in selector.select(max(0, soonest - time.monotonic()))]
-                    late = [w for w, (_, end) in busy.items() if w not in ready and end <= time.monotonic()]
-                    for worker in ready + late:
-                        verdict = worker.receive() if worker in ready else None
-                        selector.unregister(worker.process.stdout)
-                        index, _ = busy.pop(worker)
-                        if verdict is None:
-                            worker.kill()
-                        else:
-                            self.idle.append(worker)
-                        yield index, verdict or "ungradable"
-            finally:
-                for worker in busy:
-                    worker.kill()
+    def run(self, jobs):
+        """Yield (job, verdict) for each job, a pair (gold, answer), as it ends. A worker has one job at a time: if
+        it dies, no other item dies with it, and none waits behind one that hangs."""
+        jobs, busy = collections.deque(jobs), {}  # busy: worker -> (its job, or None while it starts; when it is due)
+        try:
+            while jobs or busy:
+                while jobs and self.idle:
+                    worker, job = self.idle.pop(), jobs.popleft()
+                    busy[worker] = job, time.monotonic() + self.deadline
+                    send(worker, [*job, self.deadline])
+                starting = sum(job is None for job, _ in busy.values())
+                for _ in range(min(self.workers - len(busy), len(jobs) - starting)):
+                    busy[start_worker()] = None, time.monotonic() + START
+                due = min(due for _, due in busy.values())
+                ready = wait([worker.stdout for worker in busy], max(0.0, due - time.monotonic()))
+                for worker, (job, due) in list(busy.items()):
+                    if worker.stdout in ready or due <= time.monotonic():
+                        reply = receive(worker) if worker.stdout in ready else None
+                        del busy[worker]
+                        self.idle.append(worker) if reply else stop_worker(worker)
+                        if job is not None:
+                            yield job, reply or "ungradable"
+                        elif reply != "ready":
+                            raise RuntimeError(f"a grading worker did not start: {reply or 'it died or hung'}")
+        finally:
+            for worker in busy:
+                stop_worker(worker)
+
+
+def start_worker():
+    """A subprocess that says "ready" when it is. It dies with the trainer, whose death closes its stdin; a session of
+    its own keeps the trainer's Ctrl-C away from it. gmpy2, where installed, aborts at the memory limit: not used."""
+    environment = {**os.environ, "SYMPY_GROUND_TYPES": "python", "MPMATH_NOGMPY": "1", "PYTHONHASHSEED": "0"}
+    command = [sys.executable, os.path.abspath(__file__), "--worker"]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                            env=environment, start_new_session=True)
+
+
+def send(worker, message):
+    with contextlib.suppress(OSError):  # dead already: the missing reply will tell
+        worker.stdin.write(json.dumps(message).encode() + b"\n")
+        worker.stdin.flush()
+
+
+def receive(worker):
+    """The reply in a readable pipe (one short line, written at once), or None if the worker died."""
+    line = worker.stdout.readline()
+    return json.loads(line) if line.endswith(b"\n") else None
+
+
+def stop_worker(worker):
+    worker.kill()
+    for pipe in (worker.stdin, worker.stdout):
+        with contextlib.suppress(OSError):
+            pipe.close()
+    worker.wait()
 
 
 def grade(responses, golds, timeout=5.0):
-    """Grader.grade for one call."""
+    """Grader.grade for a single call; `timeout` is its deadline."""
     with Grader(deadline=timeout) as grader:
         return grader.grade(responses, golds)
 
 
+# ----------------------------------------------------------------------------------------------------------------
+# Corrections
+# ----------------------------------------------------------------------------------------------------------------
 def find_correction(token_ids, tokenizer, span="sections"):
     """(start, end, solution_text) of a well-formed correction, else None (Eq. 11).
 
-    The analysis is token_ids[start:end]: a token belongs if all its characters do (Eq. 12).
+    A header is a line's beginning that equals its name, ignoring case, spaces and `#*_:`; both must stand there once
+    each, in order, after the thinking. token_ids[start:end] is the analysis (Eq. 12): it begins behind the first
+    header's name and decoration, maybe on the same line, and ends where the line of the second header begins; a token
+    belongs if all its characters do. With span="prefix" it begins at the first token. [ours]
+
+    >>> class Letters:
+    ...     decode = staticmethod("".join)
+    >>> find_correction("**Analysis:** 2+2 is 4.\\nCorrected solution:\\n\\\\boxed{4}", Letters)
+    (14, 24, '\\n\\\\boxed{4}')
     """
-    text = decode(tokenizer, token_ids)
-    after = text.rfind("</think>") + 1
-    if not after and "<think>" in text:
+    text = tokenizer.decode(token_ids)
+    after = after_thinking(text)
+    if after is None:
         return None
-    headers = [[m for m in header(name).finditer(text) if m.start() >= after]
-               for name in (ANALYSIS_HEADER, SOLUTION_HEADER)]
-    if [len(found) for found in headers] != [1, 1]:
+    analysis, solution = ([match for match in header(name).finditer(text) if match.start() >= after]
+                          for name in (ANALYSIS_HEADER, SOLUTION_HEADER))
+    if len(analysis) != 1 or len(solution) != 1:
         return None
-    (analysis,), (solution,) = headers
-    if not any(map(str.isalnum, text[analysis.end():solution.start()])):
+    begin, stop = analysis[0].end(), solution[0].start()
+    if not any(map(str.isalnum, text[begin:stop])):  # nothing between them, or the wrong way round
         return None
-    first = 0 if span == "prefix" else token_at(tokenizer, token_ids, text, analysis.end(), whole=True)
-    last = token_at(tokenizer, token_ids, text, solution.start(), whole=False)
-    return first, max(first, last), text[solution.end():]
+
+    def whole(k):  # characters that the first k tokens hold in full
+        prefix = tokenizer.decode(token_ids[:k])
+        return len(prefix if text.startswith(prefix) else prefix.rstrip("\ufffd"))  # U+FFFD: half a character
+
+    def touched(k):  # characters that they hold in full or in part
+        return len(tokenizer.decode(token_ids[:k]))
+
+    # Prefixes, because single tokens lose bytes and spaces; by bisection, because each costs time of order n.
+    counts = range(len(token_ids) + 1)
+    start = 0 if span == "prefix" else bisect.bisect_left(counts, begin, key=whole)
+    end = bisect.bisect_right(counts, stop, key=touched) - 1
+    return start, max(start, end), text[solution[0].end():]
 
 
+@functools.cache
 def header(name):
-    junk = r"[^\S\n]|[#*_:]"
-    letters = rf"(?:{junk})*".join(name.replace(" ", ""))
-    return re.compile(rf"^(?:{junk})*{letters}(?![^\W_])(?:{junk})*", re.IGNORECASE | re.MULTILINE)
+    decoration = r"(?:[^\S\n]|[#*_:])*"
+    letters = decoration.join(name.replace(" ", ""))
+    return re.compile(rf"^{decoration}{letters}(?![^\W_]){decoration}", re.IGNORECASE | re.MULTILINE)
 
 
-def decode(tokenizer, token_ids):
-    return tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+# ----------------------------------------------------------------------------------------------------------------
+# The worker's side: a marker. Only here are SymPy and math-verify imported.
+# ----------------------------------------------------------------------------------------------------------------
+PLAIN = str.maketrans({
+    **dict.fromkeys("−–—‐", "-"), **dict.fromkeys("·⋅∙", r"\cdot "), "×": r"\times ", "÷": "/", "±": r"\pm ",
+    "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∪": r"\cup ", "∩": r"\cap ",
+    "∈": r"\in ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "√": r"\sqrt ", "°": r"^\circ ",
+})
+def join(number):
+    return re.sub("[ ,]", "", number[0])
 
 
-def token_at(tokenizer, token_ids, text, position, whole):
-    low, high = 0, len(token_ids)
-    while low < high:
-        middle = (low + high + (not whole)) // 2
-        prefix = decode(tokenizer, token_ids[:middle])
-        if whole:
-            if not text.startswith(prefix):
-                prefix = prefix.rstrip("\ufffd")
-            if len(prefix) >= position:
-                high = middle
-            else:
-                low = middle + 1
-        else:
-            if len(prefix) <= position:
-                low = middle
-            else:
-                high = middle - 1
-    return low
+def fraction(decimal):
+    """A decimal as an exact fraction, so that no Float is ever compared: 0.1 with the period 6 is 1/10 + 6/90."""
+    power, whole, digits, period = decimal.groups()
+    value = Fraction(int("0" + whole + digits), 10 ** len(digits))
+    if period:
+        value += Fraction(int(period), 10 ** len(digits) * (10 ** len(period) - 1))
+    text = rf"\frac{{{value.numerator}}}{{{value.denominator}}}" if value.denominator > 1 else str(value)
+    return power + (f"{{{text}}}" if power else text)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The worker's side
-# ---------------------------------------------------------------------------------------------------------------
+def numeral(match):
+    """101_2 is 5, which math-verify does not know; what is no numeral stays."""
+    with contextlib.suppress(ValueError):
+        return str(int(match[1], int(match[2])))
+    return match[0]
+
+
+def column(vector):
+    return "(" + vector[1].replace(r"\\", ",") + ")"
+
+
+NOTATION = [  # what a marker does not see, in this order
+    (r"\\[()\[\]]|\*\*|(?<!\\)\$|\\\\$", ""),                               # delimiters
+    (r"\\!\s*|\\(?:left|right|[bB]igg?[lrm]?|displaystyle|limits|bf|rm|it)(?![A-Za-z])\.?", ""),
+    (r"(?:(?<!\\)\\(?:[,;:> ]|q?quad(?![A-Za-z])|$)|~|\s)+", " "),         # spaces
+    (r"\\(?:text)?color\s?\{\w+\}|\\underline\s?(?=\{)", ""),
+    (r"\\(?:math(?:rm|bf|it|sf)|boldsymbol|bm|emph|text(?:bf|it|rm|normal)|[mh]box)\s?(?=\{)", r"\\text"),
+    (r"\\frac\s?(\d)\s?(\d)", r"\\frac{\1}{\2}"), (r"_(\w)\s", r"_{\1} "),  # \frac 1 2, \log_2 8
+    (r"(?<!\\)sqrt", r"\\sqrt"), (r"\\sqrt\s*(?:\(([^()]*)\)|(\d+|[a-z]))", r"\\sqrt{\1\2}"),
+    (r"(?<![\\A-Za-z])(pi|theta|alpha|beta|sin|cos|tan|log|ln)(?![A-Za-z])", r"\\\1 "),
+    (r"\\?\binfinity", r"\\infty "), (r"\\l?dots[cb]?|\\cdots|\.\.\.+", r"\\ldots "),
+    (r"\\text\{\s*,?\s*(?:and|or)\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|\\(?:lor|land|vee)(?![A-Za-z])", ","),
+    (r"\\text\{\s*(?:\\?%|percent(?:age)?)\s*\}|(?<![A-Za-z\\])(?:percent(?:age)?|pct)\b|(?<!\\)%", r"\\%"),
+    (r"\\[$#]|[€£¥₹]|\\text\{(?:USD|Rs\.?|\s*\.?)\s*\}", ""),              # money
+    (r"(?i)\\text\{\s*(?:no (?:real )?solutions?|(?:the )?empty set)\s*\}|^no (?:real )?solutions?$"
+     r"|\\varnothing|\\\{\s*\\\}", r"\\emptyset "),
+    (r"(?i)\\text\{\s*all real numbers\s*\}|^all real numbers$", r"\\mathbb{R}"),
+    (r"(?i)^\s?(?:\\text\{[^{}]*(?:\b(?:is|are)|[:=])\s*\}|\\text\{[^{}]*\}\s?[=:]|(?:the )?(?:final )?answer(?: is|:)"
+     r"|(?:option|choice) )", ""),                                         # \text{The answer is } 5
+    (r"[\s.,;:]+$|^\s+", ""),
+]
+TEXT = r"\\text\{[^{}]*\}(?:\s?\^\s?\{?-?\d\}?)?"
+WORD = (r"(?:[A-Za-z]{4,}|[cmkd]m|k?mg|kg|in|ft|yd|mi|lbs?|oz|m[lL]|[mk]ph|hrs?|min|sec|deg|rad|sq|cu|per|[CF]|k?m/[hs])"
+        r"\.?(?:\^\{?\d\}?)?")
+UNIT = re.compile(rf"(?<=[\w}})\]!|])\s?(?:{TEXT}(?:\s?(?:/|\\cdot)?\s?{TEXT})*|(?<=[\d}} ]){WORD}(?:[ /]{WORD})*)$")
+NUMBERS = [  # one notation for each number and name, in this order
+    (r"(?<=\d)(?:st|nd|rd|th)$|\^\{?(?:\\text\{)?(?:st|nd|rd|th)\}*$", ""),  # ordinals
+    (r"\\text\{\s*([-+]?[\d.,]+|[A-Za-z]|\(?[A-Z][).:]*)\s*\}", r"\1"),
+    (r"(?<=\d)\s?\{\s?,\s?\}\s?(?=\d{3})", ","), (r"(?<![\d.])\d{1,3}(?: \d{3})+(?!\d)", join),  # 1{,}000, 1\,000
+    (r"(?<![\d.,(\[])(?<!\\\{)\d{1,3}(?:,\d{3})+(?!\d|,\d|\s?[)\]]|\s?\\\})", join),  # 1,000, but not (1,234)
+    (r"(?<![\d,])\d{1,3},0\d\d(?!\d|,\d)", join),                          # (1,000): no coordinate is 000
+    (r"(?<=\d)\s?[eE]([+-]?\d+)(?!\d)", r"\\cdot 10^{\1}"),
+    (r"(?<!\d)(\d+) (\d+)/(\d+)(?!\d)", r"\1\\frac{\2}{\3}"),              # 1 1/2
+    (r"(\^?)(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s?\{?(\d+)\}?)?(?<=[\d}])", fraction),
+    (r"\(?(?<![A-Za-z\\\d])(\d[0-9A-F]*)\)?_\{?(\d+)\}?", numeral),  # 101_2
+    (r"^[a-z]\s?\([a-z]\)\s?=", "y="),                                     # f(x) =
+    (r"^\(?\s?[a-z](?:_\d)?(?:\s?,\s?[a-z](?:_\d)?)+\s?\)?\s?(?:=|\\in\b)\s?(?=\(|\\\{)", ""),  # (x, y) =
+    (r"^(?:[A-Za-z](?:_\{?\w\}?)?)?\s?\\approx", ""), (r"\\approx[^,]*$", ""),  # 1/3 \approx 0.333 is 1/3
+    (r"^\\langle(.*)\\rangle$", r"(\1)"),                                  # vectors are tuples
+    (r"^\\begin\{[pb]?matrix\}([^&]*?)(?:\\\\)?\s?\\end\{[pb]?matrix\}$", column),
+]
+
+
+def tidy(text):
+    r"""(the text as NOTATION and NUMBERS leave it, the initial of a unit that was dropped)
+
+    >>> tidy(r"$x = 1,\!250.50\text{ cm}^2$"), tidy("３√2"), tidy("101_2")
+    (('x = \\frac{2501}{2}', 'c'), ('3\\sqrt{2}', ''), ('5', ''))
+    """
+    for pattern, form in (("[⁰¹²³⁴-⁹⁻]+", "^{%s}"), ("[₀-₉]+", "_{%s}"), ("[¼-¾⅐-⅞]", " %s")):
+        text = re.sub(pattern, lambda m: form % unicodedata.normalize("NFKC", m[0]).replace("\u2044", "/"), text)
+    text = re.sub("[α-ω]", lambda m: "\\" + unicodedata.name(m[0]).split()[-1].lower() + " ", text)
+    text = unicodedata.normalize("NFKC", text.translate(PLAIN)).translate(PLAIN)
+    angle = r"\\frac{\\pi}{180}" if re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", text) else " "
+    text = re.sub(r"\s*(?:\^\s*\{?\s*\\circ\s*\}?|\\degree)", angle, text)
+    for pattern, replacement in NOTATION:
+        text = re.sub(pattern, replacement, text)
+    if unit := UNIT.search(text):
+        text = text[:unit.start()]
+    for pattern, replacement in NUMBERS:
+        text = re.sub(pattern, replacement, text)
+    return text.strip(), re.sub(r"\\text|square|cubic|sq|cu|[^A-Za-z]", "", unit[0])[:1].lower() if unit else ""
+
+
+def readings(raw):
+    """(the one or two ways in which a marker may read an answer, the likelier first; the initial of its unit)"""
+    text, unit = tidy(raw)
+    if choice := re.fullmatch(r"\(?([A-J])\s?[).:]\s?(.*)", text):
+        return [part for part in choice.groups() if part], unit  # "(B) 12": a choice, and its value
+    if text.endswith(r"\%"):  # 50% is 50, where the question says per cent, and 0.5
+        number = text[:-2].strip()
+        below_one = re.fullmatch(r"\\frac\{(\d+)\}\{(\d+)\}", number)
+        return [number] * (not below_one or int(below_one[1]) > int(below_one[2])) + [rf"\frac{{{number}}}{{100}}"], unit
+    if clock := re.fullmatch(r"0?(\d{1,2}):(\d\d)", text):
+        return [rf"\text{{{clock[1]}:{clock[2]}}}", rf"\frac{{{clock[1]}}}{{{clock[2]}}}"], unit
+    if text.count(":") == 1:
+        return [r"\frac{%s}{%s}" % tuple(text.split(":"))], unit
+    if re.search(r"\d{3},\d{3}", raw):  # 131,141: a number, or a list
+        return [text, tidy(raw.replace(",", ", "))[0]], unit
+    return [text], unit
+
+
+def split(text, separators):
+    r"""The parts of a text between separators that stand outside all brackets; None if the brackets do not match.
+
+    >>> split(r"(1,2), \{3,4\}", ","), split("1),(2", ",")
+    (['(1,2)', '\\{3,4\\}'], None)
+    """
+    parts, depth, start = [], 0, 0
+    for match in re.finditer(rf"\\[A-Za-z]+|\\?[([{{]|\\?[)\]}}]|(?<![<>!])[{separators}]", text):
+        depth += (match[0][-1] in "([{") - (match[0][-1] in ")]}")
+        if depth < 0:
+            return None
+        if depth == 0 and match[0] in separators:
+            parts.append(text[start:match.start()].strip())
+            start = match.end()
+    return [part for part in [*parts, text[start:].strip()] if part]
+
+
+def elements(text):
+    """(whether the order counts, the elements of a tuple, a set or a list), with every \\pm written out."""
+    ordered, parts = False, split(text, ",;") or [text]
+    for opening, closing in (("(", ")"), (r"\{", r"\}")):
+        if text.startswith(opening) and text.endswith(closing):
+            inner = split(text[len(opening):-len(closing)], ",;")
+            if inner and (opening != "(" or len(inner) > 1):
+                ordered, parts = opening == "(", inner
+    both = [("+", "-"), ("-", "+")]
+    return ordered, [re.sub(r"\\mp(?![a-z])", mp, re.sub(r"\\pm(?![a-z])", pm, part)) for part in parts
+                     for pm, mp in (both if re.search(r"\\(?:pm|mp)(?![a-z])", part) else both[:1])]
+
+
+def letters(text):
+    """What two texts share that are the same letter for letter."""
+    text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
+    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text).casefold()
+
+
+def wordy(text):
+    """Words are compared as words: math-verify would multiply their letters, and east would equal seat."""
+    commands = r"\\(?:begin|end|mathbb|operatorname)\{\w+\}|\\(?!text)[A-Za-z]+"
+    return bool(re.search(r"\\text\{|[A-Za-z]{4,}", re.sub(commands, " ", text)))
+
+
+def same(gold, answer):
+    """Whether two tidied texts mean the same: the same letters, equal elements, or equal values."""
+    if letters(gold) == letters(answer):
+        return True
+    if wordy(gold) or wordy(answer) or not answer:
+        return False
+    (gold_ordered, golds), (answer_ordered, answers) = elements(gold), elements(answer)
+    if len(golds) == len(answers) == 1:
+        return same_value(golds[0], answers[0])
+    if len(golds) == len(answers):
+        names = sorted(len({part.split("=")[0] for part in parts if "=" in part}) for parts in (golds, answers))
+        ordered = gold_ordered or answer_ordered or names[0] == 0 and names[1] > 1  # (1, 2) for x = 1, y = 2
+        if all(map(same, golds, answers)) or not ordered and permuted(golds, answers):
+            return True
+    # Perhaps intervals or relations, whose commas are not those of a list
+    relation = re.search(r"[<>\[\]]|\\(?:[lg]e|[lg]t|ne|cup|infty)q?(?![a-z])", gold + answer)
+    return bool(relation) and len(golds) + len(answers) < 9 and same_value(gold, answer)
+
+
+def permuted(golds, answers):
+    """Whether each gold has an answer of its own."""
+    answers = list(answers)
+    for gold in golds:
+        twin = next((answer for answer in answers if same(gold, answer)), None)
+        if twin is None:
+            return False
+        answers.remove(twin)
+    return True
+
+
+def same_value(gold, answer):
+    is_equation = [len(split(text, "=") or []) > 1 for text in (gold, answer)]
+    if is_equation[0] != is_equation[1]:
+        gold, answer = value(gold), value(answer)
+    return equal(read(gold), read(answer))
+
+
+def value(text):
+    """5 for "5", "x = 5", "5 = x", "f(2) = 5", "2 + 3 = 5"; None for an equation such as 2x + z = 5."""
+    *sides, last = split(text, "=") or [text]
+    if not sides:
+        return last
+    bare = re.sub(r"[_^](?:\{[^{}]*\}|\w)|\([^()]*\)", "", sides[0])
+    equation = re.search(r"\d", bare) or last == "0" and re.search("[+-]", bare)
+    if re.search("[A-Za-z]", sides[0]) and not equation:
+        return last
+    if re.fullmatch(r"[A-Za-z](?:_\w)?", last):
+        return sides[0]
+    return last if all(same(side, last) for side in sides) else None
+
+
+@functools.lru_cache(1000)
 def read(text):
-    from math_verify import LatexExtractionConfig, parse
+    """A SymPy object, by math-verify's parser; None if it is not mathematics."""
+    import sympy
+    from math_verify.parser import parse_latex_cached
+    from latex2sympy2_extended.math_normalization import NormalizationConfig, normalize_latex
 
-    config = [LatexExtractionConfig(boxed_match_priority=0)]
-    return parse(rf"\boxed{{{text}}}", config, fallback_mode="no_fallback", parsing_timeout=None)
+    if text is None or r"\ldots" in text or re.search(r"\d\s+\d", text):
+        return None
+    if number := re.fullmatch(r"([+-]?)(?:(\d+)|\\frac\{(-?\d+)\}\{(\d*[1-9]\d*)\})", text):
+        return sympy.Rational(int(number[1] + "1") * int(number[2] or number[3]), int(number[4] or 1))
+    # Not units=True: it takes the d of 3d for days.
+    config = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
+    try:
+        expression = parse_latex_cached(normalize_latex(text, config))
+        return expression.subs({s: sympy.I for s in expression.free_symbols if s.name == "i"})
+    except MemoryError:
+        raise
+    except Exception:  # the parser's own, and whatever SymPy meets in nonsense
+        return None
 
 
-def judge(gold, answer=None):
-    from math_verify import verify
+def equal(gold, answer):
+    import sympy
+    from math_verify.grader import is_relation, sympy_expr_eq
 
-    parsed = read(gold)
-    if not parsed:
-        return "ungradable"
+    if gold is None or answer is None:
+        return False
+    if isinstance(gold, sympy.Expr) and isinstance(answer, sympy.Expr):
+        return equal_terms(gold, answer)
+    if isinstance(gold, sympy.Eq) and isinstance(answer, sympy.Eq):
+        factor = sympy.simplify((gold.lhs - gold.rhs) / (answer.lhs - answer.rhs))
+        if factor.is_number:
+            return bool(factor.is_finite and factor != 0)
+        return bool(sympy.solve(gold)) and sympy_expr_eq(gold, answer, 6, 15)  # two without solutions would be equal
+    a, b = as_set(gold), as_set(answer)
+    if is_relation(gold) and is_relation(answer) and gold.free_symbols != answer.free_symbols:
+        return False
+    if isinstance(a, sympy.MatrixBase) and isinstance(b, sympy.MatrixBase):
+        return a.shape == b.shape and all(map(equal_terms, a.flat(), b.flat()))
+    return sympy_expr_eq(a, b, 6, 15, allow_set_relation_comp=True)
+
+
+def as_set(expression):
+    """Inequalities in one variable as the set that they describe, matrix arithmetic done; the rest as it is."""
+    import sympy
+    from math_verify.grader import is_relation
+
+    if isinstance(expression, sympy.FiniteSet) and expression.args and all(map(is_relation, expression.args)):
+        sets = [as_set(relation) for relation in expression.args]
+        both = sympy.Intersection(*sets)
+        return sympy.Union(*sets) if both.is_empty else both  # x < 1, x > 3 can only mean "or"
+    if is_relation(expression) and not isinstance(expression, sympy.Eq) and len(expression.free_symbols) == 1:
+        return sympy.Intersection(*(part.as_set() for part in getattr(expression, "_unsorted_args", [expression])))
+    return expression.doit() if isinstance(expression, sympy.MatrixExpr) else expression
+
+
+def equal_terms(gold, answer):
+    """Exact, where math-verify has an absolute tolerance of 1e-15, and 1e-6 for decimals."""
+    import sympy
+
+    a, b = gold.doit(), answer.doit()
+    if a == b or a.has(sympy.nan, sympy.zoo) or b.has(sympy.nan, sympy.zoo):
+        return a == b and not a.has(sympy.nan, sympy.zoo)
+    if a.free_symbols | b.free_symbols:
+        return sympy.simplify(a - b) == 0
+    if a.is_Rational and b.is_Rational or a.is_infinite or b.is_infinite:
+        return rounded(a, b) or rounded(b, a)
+    x, y = a.evalf(50), b.evalf(50)
+    if abs(x - y) <= sympy.Float(10, 50) ** -40 * abs(x):
+        return True
+    if x == 0 or y == 0:  # an exact zero may come out as 1e-60
+        return sympy.simplify(a - b) == 0
+    return rounded(a, b) or rounded(b, a)
+
+
+def rounded(decimal, exact):
+    """Whether a decimal is an endless number to six places and six digits or more: 0.333333, but not 0.333."""
+    if not decimal.is_Rational or exact.is_infinite or exact.is_Rational and 10**99 % exact.q == 0:
+        return False
+    places = next((k for k in range(99) if 10**k % decimal.q == 0), 0)
+    if places < 6 or abs(decimal) * 10**places < 10**5:
+        return False
+    return bool(abs((decimal - exact).evalf(99)) * 10**places < 1)
+
+
+def judge(gold, answer):
+    """The verdict on an answer; on None, "right" if the gold can be read."""
+    golds, gold_unit = readings(gold)
+    readable = wordy(golds[0]) or all(read(part) is not None for part in elements(golds[0])[1])
     if answer is None:
-        return "readable"
-    return "right" if verify(parsed, read(answer), timeout_seconds=None) else "wrong"
+        return "right" if readable else "ungradable"
+    if not re.search("[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", golds[0])):
+        answer = re.sub(r"(?<=\d)\s?[mghsL](?:\^\{?[23]\}?)?$", "", answer)  # 6 m, where m cannot be a variable
+    answers, answer_unit = readings(answer)
+    if len(golds) == len(answers) == 2:
+        golds, answers = golds[:1], answers[:1]  # per cent against per cent, time against time
+    if gold_unit and answer_unit and gold_unit != answer_unit:  # cm and m, but hours and h
+        golds = []
+    right = any(same(g, a) for g in golds for a in answers)
+    return "right" if right else "wrong" if readable else "ungradable"
 
 
-def worker():
+def work():
+    """Read jobs from stdin and write verdicts to stdout until the trainer closes the pipe."""
     import resource
     import signal
 
-    out = os.fdopen(os.dup(1), "w", buffering=1)  # ours; what a library prints goes to stderr
-    os.dup2(2, 1)
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what a library prints is no reply
+    reply = functools.partial(print, file=replies)
     try:
-        judge("1", "2")
+        judge("y=2x+1", "y-2x=1")  # warm: imports, and SymPy's and the parser's caches
     except ImportError as error:
-        print(json.dumps(f"{error}"), file=out)
-        return
-    resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
-    print(json.dumps("ready"), file=out)
+        return reply(json.dumps(str(error)))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    reply(json.dumps("ready"))
     for line in sys.stdin:
-        job = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, job.pop("deadline") + 1)
-        verdict = judge(**job)
+        gold, answer, deadline = json.loads(line)
+        # The trainer kills in time. If it is dead itself, this ends even C code, for SIGALRM has no handler here.
+        signal.setitimer(signal.ITIMER_REAL, deadline + 1)
+        try:
+            verdict = judge(gold, answer)
+        except MemoryError:
+            os._exit(1)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        print(json.dumps(verdict), file=out)
+        if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 > MEMORY / 2:
+            os._exit(1)  # SymPy may have swallowed a MemoryError: no verdict from such a worker
+        reply(json.dumps(verdict))
 
 
 if __name__ == "__main__" and sys.argv[1:] == ["--worker"]:
-    worker()
+    work()
