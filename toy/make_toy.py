@@ -47,6 +47,7 @@ steps.
 5. Tokenizer. All 256 bytes, so that any text can be encoded, and one token for each phrase of the task, so
    that prompts are short: sampling is most of an RL step. Digits and newlines are always tokens of their own.
 
+The files here: seed 0, OMP_NUM_THREADS=1. One machine, seed and number of threads give the same bytes again.
 Everything about the toy is [ours]; the paper has nothing like it.
 """
 
