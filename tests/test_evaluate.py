@@ -1,4 +1,4 @@
-"""evaluate.py: the same bytes whatever happens to the run, figures that are what they are called, no lost file."""
+"""evaluate.py: the same bytes whatever happens to a run, figures that are what they are called, no lost file."""
 
 import itertools
 import json
@@ -25,18 +25,19 @@ torch.set_num_threads(1)  # two threads on a busy machine are slower than one
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT.parent / "shared" / "benchmarks"
 WRITTEN = ("completions.jsonl", "corrections.jsonl", "summary.json", "table.md", "accuracy.png", "state.json")
-ALONE = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+ALONE = {name: value for name, value in os.environ.items() if name not in RANKS} | {"OMP_NUM_THREADS": "1"}
 
 
 def command(*flags, ranks=1):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    return [sys.executable, *launcher, str(ROOT / "evaluate.py"), *map(str, flags)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return [sys.executable, *torchrun * (ranks > 1), str(ROOT / "evaluate.py"), *map(str, flags)]
 
 
 def start(*flags, ranks=1):
     """A real run in a session of its own, so that it can be killed with all its children."""
-    return subprocess.Popen(command(*flags, ranks=ranks), cwd=ROOT, env=ALONE | {"OMP_NUM_THREADS": "1"}, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    return subprocess.Popen(command(*flags, ranks=ranks), cwd=ROOT, env=ALONE, text=True, start_new_session=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def finish(process, code=0):
@@ -68,7 +69,7 @@ def run(monkeypatch, capsys):
 
 
 def forget_ranks():
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    for name in RANKS:
         os.environ.pop(name, None)
 
 
@@ -100,7 +101,7 @@ def baseline(tmp_path_factory):
     return flags, folder / "one"
 
 
-# ------------------------------------------------------------------------------------------------- the same bytes
+# --------------------------------------------------------------------------------------------- the same bytes
 
 
 def test_two_ranks_and_another_chunk_give_the_same_bytes(baseline):
@@ -126,7 +127,7 @@ def test_killed_at_three_random_moments_and_resumed(baseline, tmp_path):
         assert not (tmp_path / "summary.json").exists()
         if len(seen) == 1:
             with open(tmp_path / WRITTEN[0], "a") as file:
-                file.write('{"benchmark": "alpha", "question": 7, "respo')  # what a kill within a write leaves
+                file.write('{"benchmark": "alpha", "question": 7, "respo')  # a kill within a write
     assert 0 < seen[0] < seen[1] < seen[2] < sum(sizes)
     finish(start(*flags, "--output", tmp_path))
     assert contents(tmp_path) == contents(one)
@@ -141,7 +142,8 @@ def test_completions_hold_all_that_is_needed_to_check_them(baseline):
     assert [(r["benchmark"], r["question"], r["sample"]) for r in rows] == [
         (name, q, i) for name, n in (("alpha", 60), ("beta", 15)) for q in range(n) for i in range(4)]
     with Grader() as grader:
-        assert grader.verdicts([r["response"] for r in rows], [r["gold"] for r in rows]) == [r["verdict"] for r in rows]
+        verdicts = grader.verdicts([r["response"] for r in rows], [r["gold"] for r in rows])
+    assert verdicts == [r["verdict"] for r in rows]
     for r in rows:
         assert r["seed"] == sample_seed(0, 0, r["question"], r["sample"])
         assert r["prompt"] == f"<|user|>{r['problem']}\n{evaluate.INSTRUCTION}<|assistant|>"
@@ -164,7 +166,8 @@ def test_corrections_hold_both_directions(baseline):
         key for key, r in first.items() if r["finished"]}
     for r in second:
         origin = first[r["benchmark"], r["question"], r["first_sample"]]
-        assert r["first_verdict"] == origin["verdict"] and f"Wrong solution:\n{origin['response']}\n" in r["prompt"]
+        assert r["first_verdict"] == origin["verdict"]
+        assert f"Wrong solution:\n{origin['response']}\n" in r["prompt"]
         assert r["well_formed"] or r["verdict"] == "wrong"
     of_alpha = [r["seed"] for r in [*first.values(), *second] if r["benchmark"] == "alpha"]
     assert len(set(of_alpha)) == len(of_alpha)  # no correction repeats the random numbers of an answer
@@ -178,13 +181,28 @@ def test_corrections_hold_both_directions(baseline):
 def test_other_settings_are_refused_and_nothing_is_touched(baseline, run, tmp_path):
     flags, one = baseline
     before = contents(one)
-    for change, name in ((["--seed", 1], "seed"), (["--k", 5], "alpha"), (["--temperature", 0.7], "temperature"),
-                         (["--benchmarks", one.parent / "beta.jsonl"], "alpha"), (["--model", another_toy(tmp_path)], "model")):
-        copy = tmp_path / name / "".join(map(str, change)).replace("/", "")[-20:]  # each in its own: a lock lasts for a process
-        shutil.copytree(one, copy)
+    for i, (change, name) in enumerate((
+            (["--seed", 1], "seed"), (["--k", 5], "alpha"), (["--temperature", 0.7], "temperature"),
+            (["--benchmarks", one.parent / "beta.jsonl"], "alpha"), (["--model", another_toy(tmp_path)], "model"))):
+        copy = shutil.copytree(one, tmp_path / str(i))  # a folder stays locked until the process ends
         code, _, err = run(*flags, *change, "--output", copy)
         assert code == 2 and f"another {name}" in one_error(err)
         assert contents(copy) == before
+
+
+def test_corrections_may_be_added_later_and_half_of_them_are_not_reported(baseline, run, tmp_path):
+    flags, one = baseline
+    half, whole = shutil.copytree(one, tmp_path / "half"), tmp_path / "whole"
+    state = json.loads((half / "state.json").read_text())
+    kept = b"".join((half / "corrections.jsonl").read_bytes().splitlines(keepends=True)[:8])
+    state["corrections.jsonl"] = {"questions": 2, "bytes": len(kept)}
+    (half / "state.json").write_text(json.dumps(state))
+    assert run(*[flag for flag in flags if flag != "--self_correct"], "--output", half)[0] == 0
+    assert "self_correction" not in json.loads((half / "summary.json").read_text())
+    assert "put right" not in (half / "table.md").read_text()
+    shutil.copytree(half, whole)  # a folder stays locked until the process ends
+    assert run(*flags, "--output", whole)[0] == 0
+    assert contents(whole) == contents(one)
 
 
 def another_toy(tmp_path):
@@ -199,7 +217,8 @@ def test_other_weights_under_the_same_path_are_refused(tmp_path, run):
     flags = ["--model", toy, "--benchmarks", file, "--k", 1, "--max_new_tokens", 8, "--output"]
     assert run(*flags, tmp_path / "out")[0] == 0
     weights = st.load_file(toy / "model.safetensors")
-    st.save_file({name: w * 1.001 for name, w in weights.items()}, toy / "model.safetensors", metadata={"format": "pt"})
+    more = {name: w * 1.001 for name, w in weights.items()}
+    st.save_file(more, toy / "model.safetensors", metadata={"format": "pt"})
     shutil.copytree(tmp_path / "out", tmp_path / "again")
     code, _, err = run(*flags, tmp_path / "again")
     assert code == 2 and "another weights" in one_error(err)
@@ -208,18 +227,21 @@ def test_other_weights_under_the_same_path_are_refused(tmp_path, run):
 def test_only_one_run_writes_into_a_folder(tmp_path, run):
     holder = os.open(tmp_path, os.O_RDONLY)
     evaluate.fcntl.flock(holder, evaluate.fcntl.LOCK_EX)
-    code, _, err = run("--benchmarks", write(tmp_path / "p.jsonl", [{"problem": "1+1", "answer": "2"}]), "--output", tmp_path)
+    file = write(tmp_path / "p.jsonl", [{"problem": "1+1", "answer": "2"}])
+    code, _, err = run("--benchmarks", file, "--output", tmp_path)
     os.close(holder)
-    assert code == 2 and "another evaluation is writing" in one_error(err) and not (tmp_path / "state.json").exists()
+    assert code == 2 and "another evaluation is writing" in one_error(err)
+    assert not (tmp_path / "state.json").exists()
 
 
-# ---------------------------------------------------------------------------------------------------- statistics
+# ------------------------------------------------------------------------------------------------- statistics
 
 
 def simulate(probabilities, k, rng):
     """Graded records of one evaluation with known probabilities of a right answer."""
     right = rng.random((len(probabilities), k)) < probabilities[:, None]
-    return right, [{"question": q, "verdict": "right" if r else "wrong"} for q, row in enumerate(right) for r in row]
+    verdicts = np.where(right, "right", "wrong").tolist()
+    return right, [{"question": q, "verdict": verdict} for q, row in enumerate(verdicts) for verdict in row]
 
 
 def test_standard_error_over_questions_and_samples():
@@ -240,8 +262,9 @@ def test_standard_error_of_sampling_alone():
         means.append(evaluate.accuracy(records)[0])
         errors.append(evaluate.sampling_error(right.astype(int).tolist()))
     assert np.mean(errors) == pytest.approx(np.std(means), rel=0.05)
-    assert np.mean(errors) == pytest.approx(np.sqrt((probabilities * (1 - probabilities) / 4).sum()) / 60, rel=0.05)
-    assert evaluate.accuracy(records)[1] > 1.5 * np.std(means)  # the other error, of other questions too, is another figure
+    known = np.sqrt((probabilities * (1 - probabilities) / 4).sum()) / 60
+    assert np.mean(errors) == pytest.approx(known, rel=0.05)
+    assert evaluate.accuracy(records)[1] > 1.5 * known  # the error over other questions too is another figure
 
 
 def test_standard_error_with_unequal_groups():
@@ -273,7 +296,7 @@ def test_bootstrap_interval_covers_the_difference():
     assert np.std(evaluate.bootstrap(d)) == pytest.approx(np.std(d) / 10, rel=0.05)
 
 
-# -------------------------------------------------------------------------------------------------- scripted model
+# --------------------------------------------------------------------------------------------- scripted model
 
 
 class Script:
@@ -312,7 +335,8 @@ def alone():
 
 def test_answers_and_corrections_of_a_scripted_model(alone):
     problems = [Problem("1+1", "2", "here:0"), Problem("2+2", "4", "here:1")]
-    first = Script([("so \\boxed{2}", True), ("so \\boxed{3}", True)], [("<think>4? \\boxed{4}", False), ("\\boxed{5}", True)])
+    first = Script([("so \\boxed{2}", True), ("so \\boxed{3}", True)],
+                   [("<think>4? \\boxed{4}", False), ("\\boxed{5}", True)])
     fixed = "Analysis:\nadd again\nCorrected Solution:\n"
     second = Script([(fixed + "\\boxed{3}", True)],  # right -> wrong
                     [(fixed + "\\boxed{2}", True)],  # wrong -> right
@@ -320,15 +344,16 @@ def test_answers_and_corrections_of_a_scripted_model(alone):
     with Grader() as grader:
         answers = evaluate.sample_answers(first, first, problems, grader, k=2, **SAMPLING)
         corrections = evaluate.sample_corrections(second, second, answers, grader, **SAMPLING)
-    assert [r["verdict"] for r in answers] == ["right", "wrong", "wrong", "wrong"]  # unclosed thinking is no answer
+    assert [r["verdict"] for r in answers] == ["right", "wrong", "wrong", "wrong"]  # open thinking: none
     assert [r["answer"] for r in answers] == ["2", "3", None, "5"]
     assert first.seeds == [[sample_seed(5, 0, q, i) for i in range(2)] for q in range(2)]
     assert first.prompts[0] == f"1+1\n{evaluate.INSTRUCTION}\n"
     assert [(r["question"], r["first_sample"], r["well_formed"], r["verdict"]) for r in corrections] == [
-        (0, 0, True, "wrong"), (0, 1, True, "right"), (1, 1, False, "wrong")]  # the unfinished one is left out
+        (0, 0, True, "wrong"), (0, 1, True, "right"), (1, 1, False, "wrong")]  # the unfinished: left out
     figures = evaluate.summarize_corrections(corrections, answers)
     assert (figures["wrong"], figures["right"], figures["left_out"]) == (2, 1, 1)
-    assert (figures["corrected"], figures["spoiled"], figures["before"], figures["after"]) == (0.5, 1, 1 / 3, 1 / 3)
+    assert (figures["corrected"], figures["spoiled"]) == (0.5, 1)
+    assert (figures["before"], figures["after"]) == (1 / 3, 1 / 3)
     assert (figures["well_formed_of_wrong"], figures["well_formed_of_right"]) == (0.5, 1)
 
 
@@ -339,10 +364,10 @@ def test_prompts_that_do_not_fit_are_left_out_and_named(alone, capsys):
     with Grader() as grader:
         answers = evaluate.sample_answers(engine, engine, problems, grader, k=1, **SAMPLING)
     assert [(r["question"], r["verdict"]) for r in answers] == [(0, "right"), (2, "right")]
-    assert "1 of 3 problems" in (err := capsys.readouterr().err) and re.search(r"numbers? 1\b", err)
+    assert "1 of 3 problems" in (err := capsys.readouterr().err) and "by number: 1" in err
 
 
-# --------------------------------------------------------------------------------------------------------- regrade
+# ---------------------------------------------------------------------------------------------------- regrade
 
 
 def near_miss(gold):
@@ -357,7 +382,8 @@ def near_miss(gold):
 
 @pytest.mark.skipif(not BENCHMARKS.exists(), reason="the five benchmark files are not beside this repository")
 def test_golds_are_right_and_near_misses_wrong(run, tmp_path):
-    golds = {name: [row["answer"] for row in lines(BENCHMARKS / f"{name}.jsonl")] for name in evaluate.BENCHMARKS}
+    files = {name: lines(BENCHMARKS / f"{name}.jsonl") for name in evaluate.BENCHMARKS}
+    golds = {name: [row["answer"] for row in rows] for name, rows in files.items()}
     for label, change in (("golds", lambda gold: gold), ("misses", near_miss)):
         file = write(tmp_path / f"{label}.jsonl", [
             {"benchmark": name, "response": f"So it is \\boxed{{{change(gold)}}}.", "gold": gold}
@@ -376,7 +402,7 @@ def test_regrade_gives_the_same_verdicts_and_repairs_wrong_ones(baseline, run, t
     broken = write(tmp_path / "broken.jsonl", [{**r, "verdict": "wrong"} for r in rows])
     code, out, _ = run("--regrade", broken, "--output", tmp_path / "again")
     right = sum(r["verdict"] == "right" for r in rows)
-    assert code == 0 and f"wrong -> right {right}" in out
+    assert code == 0 and f"wrong -> right: {right}" in out
     assert (tmp_path / "again" / "completions.jsonl").read_bytes() == (one / "completions.jsonl").read_bytes()
     again, first = (json.loads((f / "summary.json").read_text()) for f in (tmp_path / "again", one))
     assert again["benchmarks"] == first["benchmarks"]
@@ -388,8 +414,9 @@ def test_regrade_gives_the_same_verdicts_and_repairs_wrong_ones(baseline, run, t
 
 
 def test_regrade_of_minimal_lines_groups_samples_by_problem(run, tmp_path):
-    file = write(tmp_path / "mine.jsonl", [{"problem": p, "response": f"\\boxed{{{x}}}", "answer": "1/2"}
-                                           for p, x in (("a", "0.5"), ("a", "2"), ("b", "\\frac12"), ("b", "3"))])
+    given = (("a", "0.5"), ("a", "2"), ("b", "\\frac12"), ("b", "3"))
+    file = write(tmp_path / "mine.jsonl",
+                 [{"problem": p, "response": f"\\boxed{{{x}}}", "answer": "1/2"} for p, x in given])
     assert run("--regrade", file)[0] == 0
     figures = json.loads((tmp_path / "mine-regraded" / "summary.json").read_text())["benchmarks"]["mine"]
     assert (figures["questions"], figures["k"], figures["accuracy"], figures["pass@2"]) == (2, 2, 0.5, 1)
@@ -398,13 +425,13 @@ def test_regrade_of_minimal_lines_groups_samples_by_problem(run, tmp_path):
     assert (row["gold"], row["answer"], row["verdict"]) == ("1/2", "0.5", "right")
 
 
-# --------------------------------------------------------------------------------------------------------- compare
+# ---------------------------------------------------------------------------------------------------- compare
 
 
 def graded(folder, run, scores, benchmark="aime24", order=1):
     """A finished evaluation in which question q has scores[q] right answers of 4."""
-    rows = [{"benchmark": benchmark, "problem": f"problem {q}", "gold": "1", "response": f"\\boxed{{{int(i < right)}}}"}
-            for q, right in list(enumerate(scores))[::order] for i in range(4)]
+    rows = [{"benchmark": benchmark, "problem": f"problem {q}", "gold": "1",
+             "response": f"\\boxed{{{int(i < right)}}}"} for q, right in list(enumerate(scores))[::order] for i in range(4)]
     assert run("--regrade", write(folder.with_suffix(".jsonl"), rows), "--output", folder)[0] == 0
     return folder
 
@@ -413,18 +440,20 @@ def test_compare_is_paired_and_marks_the_papers_figures(run, tmp_path):
     rng = np.random.default_rng(0)
     weak = rng.choice([0, 1, 3], size=50)
     a = graded(tmp_path / "a", run, weak)
-    b = graded(tmp_path / "b", run, [*(weak + 1), 4], order=-1)  # a quarter better on each; another order; one more
+    b = graded(tmp_path / "b", run, [*(weak + 1), 4], order=-1)  # +1/4 on each; another order; one more
     code, out, _ = run("--compare", a, b, "--output", tmp_path / "c")
     assert code == 0 and "| +25.0 [+25.0, +25.0] |" in out and "aime24, 50 questions" in out
-    paper = [line for line in out.splitlines() if "ScRPO, 1.5B" in line]
-    assert len(paper) == 1 and "reported by the paper, not measured here" in paper[0] and "+5.7 over vanilla" in paper[0]
-    assert "64.8" not in out  # an average of five benchmarks is not put beside an average of one
+    paper = [line for line in out.splitlines() if "ScRPO 1.5B" in line]
+    assert len(paper) == 1 and "reported by the paper, not measured here" in paper[0]
+    assert "+5.7 over vanilla" in paper[0]
+    assert "all five: 64.8" in paper[0]  # not to be read as the average of this table's one
     stored = json.loads((tmp_path / "c" / "comparison.json").read_text())
-    assert stored["runs"][str(b)]["difference"]["aime24"] == pytest.approx([0.25, 0.25, 0.25])
+    assert stored["difference"][str(b)]["aime24"] == pytest.approx([0.25, 0.25, 0.25])
     assert (tmp_path / "c" / "comparison.md").exists() and (tmp_path / "c" / "comparison.png").exists()
     shuffled = graded(tmp_path / "d", run, rng.permutation(weak))
     _, out, _ = run("--compare", a, shuffled, "--output", tmp_path / "c")
-    mean, low, high = json.loads((tmp_path / "c" / "comparison.json").read_text())["runs"][str(shuffled)]["difference"]["aime24"]
+    stored = json.loads((tmp_path / "c" / "comparison.json").read_text())
+    mean, low, high = stored["difference"][str(shuffled)]["aime24"]
     assert mean == pytest.approx(0) and low < -0.05 and high > 0.05
 
 
@@ -435,7 +464,7 @@ def test_compare_names_settings_that_differ(baseline, run, tmp_path):
     assert code == 0 and "- not the same seed: 0; 1" in out and "alpha, 60 questions" in out
 
 
-# ------------------------------------------------------------------------------------------------------- bad input
+# -------------------------------------------------------------------------------------------------- bad input
 
 
 def one_error(err):
@@ -461,7 +490,7 @@ BAD_INPUT = {
     "no such folder": (["--compare", "a", "b"], "--compare a"),
     "unknown benchmark": (["--benchmarks", "aime25"], "aime24, amc23"),
     "no such file": (["--benchmarks", "none.jsonl"], "none.jsonl"),
-    "no file in the folder": (["--benchmarks", "aime24", "--benchmarks_dir", "nowhere"], "nowhere/aime24.jsonl"),
+    "no file there": (["--benchmarks", "aime24", "--benchmarks_dir", "nowhere"], "nowhere/aime24.jsonl"),
     "same name twice": (["--benchmarks", "{good}", "{other}/good.jsonl"], "good"),
     "no such model": (["--model", "no/such/model", "--benchmarks", "{good}"], "--model no/such/model"),
     "too long": (["--max_new_tokens", "2048", "--benchmarks", "{good}"], "lower --max_new_tokens"),
@@ -469,7 +498,7 @@ BAD_INPUT = {
     "regrade nothing": (["--regrade", "none.jsonl"], "none.jsonl"),
     "regrade empty": (["--regrade", "{empty}"], "empty"),
     "regrade no JSON": (["--regrade", "{text}"], "text.jsonl, line 2"),
-    "regrade no response": (["--regrade", "{good}"], "good.jsonl, line 1: a JSON object with the texts `response`"),
+    "regrade no response": (["--regrade", "{good}"], "good.jsonl, line 1: must be a JSON object with texts"),
 }
 
 
@@ -488,16 +517,18 @@ def test_bad_input_is_one_line_and_costs_nothing(case, run, tmp_path):
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")}
     code, out, err = run(*flags)
     assert code == 2 and said in one_error(err), err
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")} == before and not (tmp_path / "out").exists()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")} == before
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_input_on_two_ranks_is_still_one_line(tmp_path):
-    err = finish(start("--benchmarks", "aime25", "--output", tmp_path / "out", ranks=2), code=1)  # torchrun turns 2 into 1
+    err = finish(start("--benchmarks", "aime25", "--output", tmp_path / "out", ranks=2), code=1)  # torchrun's own
     assert err.count("error: --benchmarks aime25") == 1 and "exitcode  : 2" in err
 
 
 def test_unreadable_golds_are_named(run, tmp_path):
-    file = write(tmp_path / "p.jsonl", [{"problem": "1+1", "answer": "\\text{}"}, {"problem": "1+2", "answer": "3"}])
+    golds = ("\\text{}", "3")
+    file = write(tmp_path / "p.jsonl", [{"problem": "1+2", "answer": gold} for gold in golds])
     code, _, err = run("--benchmarks", file, "--k", 1, "--max_new_tokens", 8, "--output", tmp_path / "out")
     assert code == 0 and "1 golds" in err
 
