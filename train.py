@@ -934,8 +934,12 @@ def load_checkpoint(run: Run) -> bool:
             warn(f"{data} is damaged; the checkpoint before it is used")
     common = set.intersection(*map(set, gather([list(whole)])))
     if not common:
+        if any(gather([bool(whole)])):
+            warn(f"no checkpoint in {run.output} is whole on every rank, so the run starts from its beginning; on separate "
+                 "disks each node must get the ranks that it had")  # fmt: skip
         return False
-    saved = torch.load(whole[max(common)], map_location=run.device, weights_only=True)
+    # To the host first: on the GPU, where vLLM is awake by now, the shard would be there twice.
+    saved = torch.load(whole[max(common)], map_location="cpu", weights_only=True)
     run.state.__dict__.update(saved["state"])
     run.optimizer.load_state_dict(saved["optimizer"])
     if run.pool is not None:
@@ -979,7 +983,8 @@ def claim_output(run: Run) -> None:
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     runs = sorted((HERE / "runs").glob("[0-9]*"))
     if config.output_dir is None and restart:
-        mine = [r for r in runs if json.loads((r / "settings.json").read_text())["launch"] == launch]
+        # On separate disks only rank 0's node has settings.json, and only rank 0's answer counts.
+        mine = [r for r in runs if (r / "settings.json").exists() and json.loads((r / "settings.json").read_text())["launch"] == launch]
         config.output_dir = str(mine[-1]) if mine else None
     if config.output_dir is None:
         config.output_dir = str(HERE / "runs" / f"{int(runs[-1].name) + 1 if runs else 1:03d}")
@@ -998,6 +1003,9 @@ def claim_output(run: Run) -> None:
                          "would be another run; put it back, or choose another --output_dir")  # fmt: skip
         elif (run.output / "metrics.jsonl").exists():
             error = f"--output_dir {run.output} holds metrics.jsonl but no settings.json; choose another folder"
+        elif run.rank == 0 and (run.output / "checkpoints").exists():  # on separate disks, with the nodes in another order
+            error = (f"--output_dir {run.output} holds another rank's checkpoints and no settings.json: rank 0 must be on the node "
+                     "it was on; torchrun --node_rank with a static rendezvous fixes the order")  # fmt: skip
         agree(error)  # and only then does anybody write
         run.output.mkdir(parents=True, exist_ok=True)
         if run.rank == 0:
