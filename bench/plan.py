@@ -1,7 +1,8 @@
 """How much memory a run takes on each GPU, part by part, and whether it fits. No GPU needed, and no weights are loaded.
 
-    python bench/plan.py configs/r1_distill_7b_8gpu.yaml --ranks 8 --gpu_gb 80
-    python bench/plan.py --model my/checkpoint --ranks 1 --gpu_gb 24 --max_new_tokens 1024    # any flag of train.py
+    python bench/plan.py configs/r1_distill_7b_8gpu.yaml                           # on the machine the file is meant for
+    python bench/plan.py configs/r1_distill_7b_8gpu.yaml --ranks 16 --gpu_gb 40 --beta 0.001     # any flag of train.py
+    python bench/plan.py --model my/checkpoint --ranks 1 --gpu_gb 24 --gradient_checkpointing
     python bench/plan.py --shape hidden_size=2048,num_hidden_layers=24,num_attention_heads=16,vocab_size=50000
     python bench/plan.py --all          # one line for every file in configs/
     python bench/plan.py --check        # beside measured peaks of train.py's own update, on this machine's CPU
@@ -46,7 +47,7 @@ SHAPES = {
         hidden_size=896, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, intermediate_size=4864,
         vocab_size=151936, tie_word_embeddings=True, max_position_embeddings=32768),
 }  # fmt: skip
-SETTINGS = {  # file: (ranks, GB of each card); the toy needs no card
+SETTINGS = {  # file: the machine it is meant for, (ranks, GB of each card); the toy needs no card
     "toy.yaml": (1, 0),
     "one_24gb.yaml": (1, 24),
     "one_80gb.yaml": (1, 80),
@@ -295,8 +296,8 @@ def check() -> bool:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0], epilog="All other arguments are train.py's.", allow_abbrev=False)
-    parser.add_argument("--ranks", type=int, default=1, help="GPUs, over all nodes")
-    parser.add_argument("--gpu_gb", type=float, default=80, help="memory of each, in 10^9 bytes; 0: plan a process on a CPU")
+    parser.add_argument("--ranks", type=int, help="GPUs, over all nodes; default: those the settings file is meant for, or 1")
+    parser.add_argument("--gpu_gb", type=float, help="memory of each, in 10^9 bytes; 0: plan a process on a CPU; default: likewise, or 80")
     parser.add_argument("--shape", default="", help="hidden_size=...,num_hidden_layers=...: a Qwen2 model of this shape")
     parser.add_argument("--all", action="store_true", help="every file in configs/, a line each")
     parser.add_argument("--check", action="store_true", help="plan beside measured peaks, on a CPU")
@@ -309,8 +310,9 @@ def main() -> None:
     if ours.all:
         fits = [summary_line(*item) for item in SETTINGS.items()]
         raise SystemExit(not all(fits))
-    config = train.parse(rest)
-    raise SystemExit(not report(ours.shape or config.model, config, read_shape(config.model, ours.shape), ours.ranks, ours.gpu_gb))
+    config, (ranks, gpu_gb) = train.parse(rest), SETTINGS.get(Path((rest or [""])[0]).name, (1, 80))
+    ranks, gpu_gb = ours.ranks or ranks, gpu_gb if ours.gpu_gb is None else ours.gpu_gb
+    raise SystemExit(not report(ours.shape or config.model, config, read_shape(config.model, ours.shape), ranks, gpu_gb))
 
 
 def summary_line(file: str, machine: tuple[int, float]) -> bool:
