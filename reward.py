@@ -3,14 +3,15 @@ r"""Responses -> R in {0, 1} (Eq. 1), and the two sections of a correction (Eqs.
 The reward is the only teacher, so the grader must not be fooled, must not hang and must not fail in silence.
 
     1. The last \boxed{} after the last </think> is the answer; words outside it never count.
-    2. An answer that equals the gold letter for letter is right. All others go to a worker: a subprocess that imports
-       math-verify (never torch), lives under a memory limit, and is killed and replaced when it misses its deadline.
-       Not a thread, which nothing can stop (9^{9^{9^9}} holds the GIL for a minute); not `signal.alarm`, which works in
-       a main thread only and takes the caller's timer away; not multiprocessing, whose spawn imports the trainer again.
-    3. The worker tidies notation as a fair human marker would, takes lists apart, and lets math-verify read what is
-       left. Numbers and terms are compared exactly: 0.333 is not 1/3, and 2^{-99} is not 2^{-98}.
-    4. A verdict is "right", "wrong" or "ungradable" (timed out, out of memory, crashed, unreadable gold); the third
-       earns nothing, but it is counted apart.
+    2. An answer that is the gold letter for letter is right. Any other goes to a worker: a subprocess that
+       imports math-verify (never torch), has a memory limit, and is killed and replaced past its deadline.
+       Not a thread, which nothing can stop: 9^{9^{9^9}} holds the GIL for a minute. Not `signal.alarm`, which
+       works in a main thread only and takes the caller's timer. Not multiprocessing, whose spawn imports the
+       trainer again.
+    3. The worker tidies notation as a fair marker would, takes lists apart, and math-verify reads the rest.
+       Numbers and terms are compared exactly: 0.333 is not 1/3, and 2^{-99} is not 2^{-98}.
+    4. A verdict is "right", "wrong" or "ungradable": timed out, out of memory, crashed, or a gold that nobody
+       can read. The last earns nothing, but it is counted apart.
 
     >>> grade([r"So x = \boxed{0.5}.", r"\boxed{0.333}", r"1/3"], [r"\frac12", r"\frac13", r"\frac13"])
     [1.0, 0.0, 0.0]
@@ -36,9 +37,9 @@ MEMORY = 2**30         # bytes of address space for a worker, which needs a tent
 START = 120.0          # seconds in which a new worker must be ready; 0.7 on an idle core
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The trainer's side
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 def after_thinking(text):
     """Where the answer begins: behind the last </think>, 0 if nobody thinks; None if thinking never ends."""
     start = text.rfind("</think>")
@@ -51,8 +52,8 @@ def final_answer(text):
 
     >>> final_answer(r"<think> \boxed{1}? </think> First \boxed{2}, or rather \boxed{\frac{1}{\sqrt{2}}}.")
     '\\frac{1}{\\sqrt{2}}'
-    >>> [final_answer(text) for text in (r"<think> \boxed{1}", r"\boxed{1} \boxed{2", r"\boxed{ }", r"\fbox{1}", "1")]
-    [None, None, None, None, None]
+    >>> [final_answer(text) for text in (r"<think> \boxed{1}", r"\boxed{1} \boxed{2", r"\boxed{ }", "1")]
+    [None, None, None, None]
     """
     start = after_thinking(text)
     last = text.rfind(r"\boxed")
@@ -72,8 +73,8 @@ def final_answer(text):
 class Grader:
     """A pool of worker processes, started when first needed and kept between calls.
 
-    `deadline` is in seconds and for each item; `counts` adds up the verdicts of all calls. Works in any thread (one
-    at a time), in a notebook and on every rank; the caller's signal handlers and timers are not touched.
+    `deadline` is in seconds, for each item; `counts` adds up the verdicts of all calls. Works in any thread
+    (one at a time), in a notebook and on every rank; the caller's signal handlers and timers are left alone.
     """
 
     def __init__(self, workers=2, deadline=5.0):
@@ -96,7 +97,8 @@ class Grader:
         verdicts, jobs = [], {}
         for i, (response, gold) in enumerate(zip(responses, golds, strict=True)):
             answer = final_answer(response)
-            verdicts.append("wrong" if answer is None else "right" if answer == gold.strip() else "ungradable")
+            letter_for_letter = answer == gold.strip()
+            verdicts.append("right" if letter_for_letter else "wrong" if answer is None else "ungradable")
             if verdicts[i] == "ungradable" and len(answer) <= LONGEST_ANSWER:
                 jobs.setdefault((gold, answer), []).append(i)  # samples of a group often agree: grade once
         for job, verdict in self.run(jobs):
@@ -115,9 +117,11 @@ class Grader:
         return [i for i, gold in enumerate(golds) if verdicts[gold, None] == "ungradable"]
 
     def run(self, jobs):
-        """Yield (job, verdict) for each job, a pair (gold, answer), as it ends. A worker has one job at a time: if
-        it dies, no other item dies with it, and none waits behind one that hangs."""
-        jobs, busy = collections.deque(jobs), {}  # busy: worker -> (its job, or None while it starts; when it is due)
+        """Yield (job, verdict) for each job, a pair (gold, answer), as it ends.
+
+        A worker has one job at a time: no other item dies with it, and none waits behind one that hangs.
+        """
+        jobs, busy = collections.deque(jobs), {}  # busy: worker -> (its job or None; when it is due)
         try:
             while jobs or busy:
                 while jobs and self.idle:
@@ -137,15 +141,15 @@ class Grader:
                         if job is not None:
                             yield job, reply or "ungradable"
                         elif reply != "ready":
-                            raise RuntimeError(f"a grading worker did not start: {reply or 'it died or hung'}")
+                            raise RuntimeError(f"a grading worker did not start: {reply or 'no reply'}")
         finally:
             for worker in busy:
                 stop_worker(worker)
 
 
 def start_worker():
-    """A subprocess that says "ready" when it is. It dies with the trainer, whose death closes its stdin; a session of
-    its own keeps the trainer's Ctrl-C away from it. gmpy2, where installed, aborts at the memory limit: not used."""
+    """A subprocess that says "ready" when it is, and ends with its stdin: at the latest with the trainer."""
+    # Without gmpy2, which aborts at a memory limit; in a session of its own, which Ctrl-C does not reach.
     environment = {**os.environ, "SYMPY_GROUND_TYPES": "python", "MPMATH_NOGMPY": "1", "PYTHONHASHSEED": "0"}
     command = [sys.executable, os.path.abspath(__file__), "--worker"]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
@@ -178,16 +182,17 @@ def grade(responses, golds, timeout=5.0):
         return grader.grade(responses, golds)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Corrections
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 def find_correction(token_ids, tokenizer, span="sections"):
     """(start, end, solution_text) of a well-formed correction, else None (Eq. 11).
 
-    A header is a line's beginning that equals its name, ignoring case, spaces and `#*_:`; both must stand there once
-    each, in order, after the thinking. token_ids[start:end] is the analysis (Eq. 12): it begins behind the first
-    header's name and decoration, maybe on the same line, and ends where the line of the second header begins; a token
-    belongs if all its characters do. With span="prefix" it begins at the first token. [ours]
+    A header is a line's beginning that equals its name, ignoring case, spaces and `#*_:`. Both must stand
+    there once each, in order, after the thinking, with something between them. token_ids[start:end] is the
+    analysis (Eq. 12): it begins behind the first header's name and decoration, be it on the same line, and
+    ends where the second header's line begins; a token belongs if all its characters do. span="prefix" begins
+    at the first token. [ours]
 
     >>> class Letters:
     ...     decode = staticmethod("".join)
@@ -198,11 +203,11 @@ def find_correction(token_ids, tokenizer, span="sections"):
     after = after_thinking(text)
     if after is None:
         return None
-    analysis, solution = ([match for match in header(name).finditer(text) if match.start() >= after]
-                          for name in (ANALYSIS_HEADER, SOLUTION_HEADER))
+    headers = ANALYSIS_HEADER, SOLUTION_HEADER
+    analysis, solution = (list(header(name).finditer(text[after:])) for name in headers)
     if len(analysis) != 1 or len(solution) != 1:
         return None
-    begin, stop = analysis[0].end(), solution[0].start()
+    begin, stop = after + analysis[0].end(), after + solution[0].start()
     if not any(map(str.isalnum, text[begin:stop])):  # nothing between them, or the wrong way round
         return None
 
@@ -217,7 +222,7 @@ def find_correction(token_ids, tokenizer, span="sections"):
     counts = range(len(token_ids) + 1)
     start = 0 if span == "prefix" else bisect.bisect_left(counts, begin, key=whole)
     end = bisect.bisect_right(counts, stop, key=touched) - 1
-    return start, max(start, end), text[solution[0].end():]
+    return start, max(start, end), text[after + solution[0].end():]
 
 
 @functools.cache
@@ -227,20 +232,22 @@ def header(name):
     return re.compile(rf"^{decoration}{letters}(?![^\W_]){decoration}", re.IGNORECASE | re.MULTILINE)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The worker's side: a marker. Only here are SymPy and math-verify imported.
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 PLAIN = str.maketrans({
     **dict.fromkeys("−–—‐", "-"), **dict.fromkeys("·⋅∙", r"\cdot "), "×": r"\times ", "÷": "/", "±": r"\pm ",
     "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∪": r"\cup ", "∩": r"\cap ",
-    "∈": r"\in ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "√": r"\sqrt ", "°": r"^\circ ",
+    "∈": r"\in ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "√": r"\sqrt ", "°": r"^\circ ", "\u2044": "/",
 })
+
+
 def join(number):
     return re.sub("[ ,]", "", number[0])
 
 
 def fraction(decimal):
-    """A decimal as an exact fraction, so that no Float is ever compared: 0.1 with the period 6 is 1/10 + 6/90."""
+    """A decimal as an exact fraction: no Float is ever compared. 0.1 with the period 6 is 1/10 + 6/90."""
     power, whole, digits, period = decimal.groups()
     value = Fraction(int("0" + whole + digits), 10 ** len(digits))
     if period:
@@ -257,37 +264,39 @@ def numeral(match):
 
 
 def column(vector):
-    return "(" + vector[1].replace(r"\\", ",") + ")"
+    """(1, 2) for the rows 1 and 2 of a vector, or of a system of equations."""
+    return f"({vector[1]})".replace("&", "").replace(r"\\", ",")
 
 
 NOTATION = [  # what a marker does not see, in this order
-    (r"\\[()\[\]]|\*\*|(?<!\\)\$|\\\\$", ""),                               # delimiters
+    (r"\\[()\[\]]|^\s*\*\*|\*\*\s*$|(?<!\\)\$|\\\\$", ""), (r"\*\*", "^"),   # delimiters; powers
     (r"\\!\s*|\\(?:left|right|[bB]igg?[lrm]?|displaystyle|limits|bf|rm|it)(?![A-Za-z])\.?", ""),
     (r"(?:(?<!\\)\\(?:[,;:> ]|q?quad(?![A-Za-z])|$)|~|\s)+", " "),         # spaces
-    (r"\\(?:text)?color\s?\{\w+\}|\\underline\s?(?=\{)", ""),
+    (r"\\(?:text)?color\s?\{\w+\}|\\(?:underline|boxed)\s?(?=\{)", ""),
     (r"\\(?:math(?:rm|bf|it|sf)|boldsymbol|bm|emph|text(?:bf|it|rm|normal)|[mh]box)\s?(?=\{)", r"\\text"),
     (r"\\frac\s?(\d)\s?(\d)", r"\\frac{\1}{\2}"), (r"_(\w)\s", r"_{\1} "),  # \frac 1 2, \log_2 8
     (r"(?<!\\)sqrt", r"\\sqrt"), (r"\\sqrt\s*(?:\(([^()]*)\)|(\d+|[a-z]))", r"\\sqrt{\1\2}"),
     (r"(?<![\\A-Za-z])(pi|theta|alpha|beta|sin|cos|tan|log|ln)(?![A-Za-z])", r"\\\1 "),
     (r"\\?\binfinity", r"\\infty "), (r"\\l?dots[cb]?|\\cdots|\.\.\.+", r"\\ldots "),
-    (r"\\text\{\s*,?\s*(?:and|or)\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|\\(?:lor|land|vee)(?![A-Za-z])", ","),
+    (r"\\text\{\s*,?\s*(?:and|or)\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|\\l(?:or|and)(?![A-Za-z])", ","),
     (r"\\text\{\s*(?:\\?%|percent(?:age)?)\s*\}|(?<![A-Za-z\\])(?:percent(?:age)?|pct)\b|(?<!\\)%", r"\\%"),
     (r"\\[$#]|[€£¥₹]|\\text\{(?:USD|Rs\.?|\s*\.?)\s*\}", ""),              # money
     (r"(?i)\\text\{\s*(?:no (?:real )?solutions?|(?:the )?empty set)\s*\}|^no (?:real )?solutions?$"
      r"|\\varnothing|\\\{\s*\\\}", r"\\emptyset "),
     (r"(?i)\\text\{\s*all real numbers\s*\}|^all real numbers$", r"\\mathbb{R}"),
-    (r"(?i)^\s?(?:\\text\{[^{}]*(?:\b(?:is|are)|[:=])\s*\}|\\text\{[^{}]*\}\s?[=:]|(?:the )?(?:final )?answer(?: is|:)"
-     r"|(?:option|choice) )", ""),                                         # \text{The answer is } 5
+    (r"(?i)^\s?(?:\\text\{[^{}]*(?:\b(?:is|are)|[:=])\s*\}|\\text\{[^{}]*\}\s?[=:]"
+     r"|(?:the )?(?:final )?answer(?: is|:)|(?:option|choice) )", ""),     # \text{The answer is } 5
     (r"[\s.,;:]+$|^\s+", ""),
 ]
-TEXT = r"\\text\{[^{}]*\}(?:\s?\^\s?\{?-?\d\}?)?"
-WORD = (r"(?:[A-Za-z]{4,}|[cmkd]m|k?mg|kg|in|ft|yd|mi|lbs?|oz|m[lL]|[mk]ph|hrs?|min|sec|deg|rad|sq|cu|per|[CF]|k?m/[hs])"
-        r"\.?(?:\^\{?\d\}?)?")
-UNIT = re.compile(rf"(?<=[\w}})\]!|])\s?(?:{TEXT}(?:\s?(?:/|\\cdot)?\s?{TEXT})*|(?<=[\d}} ]){WORD}(?:[ /]{WORD})*)$")
+TEXT = r"\\text\{(?![ie]\})[^{}]*\}(?:\s?\^\s?\{?-?\d\}?)?"
+WORD = (r"(?:[A-Za-z]{4,}|[cmkd]m|[km]g|in|ft|yd|mi|lbs?|oz|m[lL]|[mk]ph|hrs?|min|sec|deg|rad|sq|cu|per|[CF]"
+        r"|k?m/[hs])\.?(?:\^\{?\d\}?)?")
+UNIT = re.compile(rf"(?<=[\w}})\]!|])\s?(?:{TEXT}(?:\s?(?:/|\\cdot)?\s?{TEXT})*"
+                  rf"|(?<=[\d}} ]){WORD}(?:[ /]{WORD})*)$")  # at the end, behind a number or a bracket
 NUMBERS = [  # one notation for each number and name, in this order
     (r"(?<=\d)(?:st|nd|rd|th)$|\^\{?(?:\\text\{)?(?:st|nd|rd|th)\}*$", ""),  # ordinals
     (r"\\text\{\s*([-+]?[\d.,]+|[A-Za-z]|\(?[A-Z][).:]*)\s*\}", r"\1"),
-    (r"(?<=\d)\s?\{\s?,\s?\}\s?(?=\d{3})", ","), (r"(?<![\d.])\d{1,3}(?: \d{3})+(?!\d)", join),  # 1{,}000, 1\,000
+    (r"(?<=\d)\s?\{\s?,\s?\}\s?(?=\d{3})", ","), (r"(?<![\d.])\d{1,3}(?: \d{3})+(?!\d)", join),
     (r"(?<![\d.,(\[])(?<!\\\{)\d{1,3}(?:,\d{3})+(?!\d|,\d|\s?[)\]]|\s?\\\})", join),  # 1,000, but not (1,234)
     (r"(?<![\d,])\d{1,3},0\d\d(?!\d|,\d)", join),                          # (1,000): no coordinate is 000
     (r"(?<=\d)\s?[eE]([+-]?\d+)(?!\d)", r"\\cdot 10^{\1}"),
@@ -297,8 +306,10 @@ NUMBERS = [  # one notation for each number and name, in this order
     (r"^[a-z]\s?\([a-z]\)\s?=", "y="),                                     # f(x) =
     (r"^\(?\s?[a-z](?:_\d)?(?:\s?,\s?[a-z](?:_\d)?)+\s?\)?\s?(?:=|\\in\b)\s?(?=\(|\\\{)", ""),  # (x, y) =
     (r"^(?:[A-Za-z](?:_\{?\w\}?)?)?\s?\\approx", ""), (r"\\approx[^,]*$", ""),  # 1/3 \approx 0.333 is 1/3
+    (r"^\\\{\s?[a-z]\s?(?:\\in\s?\\mathbb\{?R\}?\s?)?(?:\\mid|\||:)(.*)\\\}$", r"\1"),  # {x : x > 2}
     (r"^\\langle(.*)\\rangle$", r"(\1)"),                                  # vectors are tuples
     (r"^\\begin\{[pb]?matrix\}([^&]*?)(?:\\\\)?\s?\\end\{[pb]?matrix\}$", column),
+    (r"^\\begin\{(?:cases|aligned)\}(.*)\\end\{(?:cases|aligned)\}$", column),
 ]
 
 
@@ -309,7 +320,7 @@ def tidy(text):
     (('x = \\frac{2501}{2}', 'c'), ('3\\sqrt{2}', ''), ('5', ''))
     """
     for pattern, form in (("[⁰¹²³⁴-⁹⁻]+", "^{%s}"), ("[₀-₉]+", "_{%s}"), ("[¼-¾⅐-⅞]", " %s")):
-        text = re.sub(pattern, lambda m: form % unicodedata.normalize("NFKC", m[0]).replace("\u2044", "/"), text)
+        text = re.sub(pattern, lambda m: form % unicodedata.normalize("NFKC", m[0]), text)
     text = re.sub("[α-ω]", lambda m: "\\" + unicodedata.name(m[0]).split()[-1].lower() + " ", text)
     text = unicodedata.normalize("NFKC", text.translate(PLAIN)).translate(PLAIN)
     angle = r"\\frac{\\pi}{180}" if re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", text) else " "
@@ -320,18 +331,20 @@ def tidy(text):
         text = text[:unit.start()]
     for pattern, replacement in NUMBERS:
         text = re.sub(pattern, replacement, text)
-    return text.strip(), re.sub(r"\\text|square|cubic|sq|cu|[^A-Za-z]", "", unit[0])[:1].lower() if unit else ""
+    initial = re.sub(r"\\text|square|cubic|sq|cu|degrees?|[^A-Za-z]", "", unit[0])[:1].lower() if unit else ""
+    return text.strip(), initial
 
 
 def readings(raw):
-    """(the one or two ways in which a marker may read an answer, the likelier first; the initial of its unit)"""
+    """(the one or two ways in which a marker may read an answer, the likelier first; its unit's initial)"""
     text, unit = tidy(raw)
     if choice := re.fullmatch(r"\(?([A-J])\s?[).:]\s?(.*)", text):
         return [part for part in choice.groups() if part], unit  # "(B) 12": a choice, and its value
     if text.endswith(r"\%"):  # 50% is 50, where the question says per cent, and 0.5
         number = text[:-2].strip()
         below_one = re.fullmatch(r"\\frac\{(\d+)\}\{(\d+)\}", number)
-        return [number] * (not below_one or int(below_one[1]) > int(below_one[2])) + [rf"\frac{{{number}}}{{100}}"], unit
+        plain = [] if below_one and int(below_one[1]) < int(below_one[2]) else [number]  # 0.5% is not 0.5
+        return [*plain, rf"\frac{{{number}}}{{100}}"], unit
     if clock := re.fullmatch(r"0?(\d{1,2}):(\d\d)", text):
         return [rf"\text{{{clock[1]}:{clock[2]}}}", rf"\frac{{{clock[1]}}}{{{clock[2]}}}"], unit
     if text.count(":") == 1:
@@ -342,7 +355,7 @@ def readings(raw):
 
 
 def split(text, separators):
-    r"""The parts of a text between separators that stand outside all brackets; None if the brackets do not match.
+    r"""The parts of a text between separators outside all brackets; None if the brackets do not match.
 
     >>> split(r"(1,2), \{3,4\}", ","), split("1),(2", ",")
     (['(1,2)', '\\{3,4\\}'], None)
@@ -393,8 +406,8 @@ def same(gold, answer):
     if len(golds) == len(answers) == 1:
         return same_value(golds[0], answers[0])
     if len(golds) == len(answers):
-        names = sorted(len({part.split("=")[0] for part in parts if "=" in part}) for parts in (golds, answers))
-        ordered = gold_ordered or answer_ordered or names[0] == 0 and names[1] > 1  # (1, 2) for x = 1, y = 2
+        few, many = sorted(len({e.split("=")[0] for e in side if "=" in e}) for side in (golds, answers))
+        ordered = gold_ordered or answer_ordered or few == 0 and many > 1  # (1, 2) for x = 1, y = 2
         if all(map(same, golds, answers)) or not ordered and permuted(golds, answers):
             return True
     # Perhaps intervals or relations, whose commas are not those of a list
@@ -446,7 +459,7 @@ def read(text):
     if number := re.fullmatch(r"([+-]?)(?:(\d+)|\\frac\{(-?\d+)\}\{(\d*[1-9]\d*)\})", text):
         return sympy.Rational(int(number[1] + "1") * int(number[2] or number[3]), int(number[4] or 1))
     # Not units=True: it takes the d of 3d for days.
-    config = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
+    config = NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none")
     try:
         expression = parse_latex_cached(normalize_latex(text, config))
         return expression.subs({s: sympy.I for s in expression.free_symbols if s.name == "i"})
@@ -468,7 +481,8 @@ def equal(gold, answer):
         factor = sympy.simplify((gold.lhs - gold.rhs) / (answer.lhs - answer.rhs))
         if factor.is_number:
             return bool(factor.is_finite and factor != 0)
-        return bool(sympy.solve(gold)) and sympy_expr_eq(gold, answer, 6, 15)  # two without solutions would be equal
+        # math-verify takes any two without a solution for equal
+        return bool(sympy.solve(gold)) and sympy_expr_eq(gold, answer, 6, 15)
     a, b = as_set(gold), as_set(answer)
     if is_relation(gold) and is_relation(answer) and gold.free_symbols != answer.free_symbols:
         return False
@@ -478,7 +492,7 @@ def equal(gold, answer):
 
 
 def as_set(expression):
-    """Inequalities in one variable as the set that they describe, matrix arithmetic done; the rest as it is."""
+    """Inequalities in one variable as the set that they describe, matrix sums done; the rest as it is."""
     import sympy
     from math_verify.grader import is_relation
 
@@ -487,7 +501,8 @@ def as_set(expression):
         both = sympy.Intersection(*sets)
         return sympy.Union(*sets) if both.is_empty else both  # x < 1, x > 3 can only mean "or"
     if is_relation(expression) and not isinstance(expression, sympy.Eq) and len(expression.free_symbols) == 1:
-        return sympy.Intersection(*(part.as_set() for part in getattr(expression, "_unsorted_args", [expression])))
+        chain = getattr(expression, "_unsorted_args", [expression])
+        return sympy.Intersection(*(link.as_set() for link in chain))
     return expression.doit() if isinstance(expression, sympy.MatrixExpr) else expression
 
 
@@ -511,7 +526,7 @@ def equal_terms(gold, answer):
 
 
 def rounded(decimal, exact):
-    """Whether a decimal is an endless number to six places and six digits or more: 0.333333, but not 0.333."""
+    """Whether a decimal is an endless number to six places and digits or more: 0.333333, but not 0.333."""
     if not decimal.is_Rational or exact.is_infinite or exact.is_Rational and 10**99 % exact.q == 0:
         return False
     places = next((k for k in range(99) if 10**k % decimal.q == 0), 0)
@@ -527,7 +542,7 @@ def judge(gold, answer):
     if answer is None:
         return "right" if readable else "ungradable"
     if not re.search("[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", golds[0])):
-        answer = re.sub(r"(?<=\d)\s?[mghsL](?:\^\{?[23]\}?)?$", "", answer)  # 6 m, where m cannot be a variable
+        answer = re.sub(r"(?<=\d)\s?[mghsL](?:\^\{?[23]\}?)?$", "", answer)  # 6 m: m is no variable
     answers, answer_unit = readings(answer)
     if len(golds) == len(answers) == 2:
         golds, answers = golds[:1], answers[:1]  # per cent against per cent, time against time
@@ -553,7 +568,7 @@ def work():
     reply(json.dumps("ready"))
     for line in sys.stdin:
         gold, answer, deadline = json.loads(line)
-        # The trainer kills in time. If it is dead itself, this ends even C code, for SIGALRM has no handler here.
+        # The trainer kills in time. If it is dead itself, this ends even C code: SIGALRM has no handler here.
         signal.setitimer(signal.ITIMER_REAL, deadline + 1)
         try:
             verdict = judge(gold, answer)
