@@ -1,15 +1,17 @@
 """Problems -> prompts -> sampled responses, by one of two engines with one interface.
 
-    engine = make_engine("auto", model, tokenizer, model_path=path)       # vLLM where there is a GPU for it
-    engine.wake(); engine.update_weights(model)                           # before each rollout
+    engine = make_engine("auto", model, tokenizer, model_path=path)  # vLLM where there is a GPU for it
+    engine.wake()                                                    # before each rollout
+    engine.update_weights(model)
     groups = engine.generate(prompts, n, temperature=1.0, max_new_tokens=1024, seeds=seeds)
-    engine.sleep()                                                        # before the update
+    engine.sleep()                                                   # before the update
 
-Both return the sampled ids themselves (decoding and encoding again does not give them back), the log-probability
-log mu of each under the distribution it was drawn from, and whether the response ended by itself.
+Both give the trainer the sampled ids themselves (to decode and encode again does not return them), the log-probability
+log mu of each under the distribution that it was drawn from, and whether the response ended by itself.
 
 TransformersEngine runs anywhere and is reproducible: each sample has a private random stream, so it is the same in
-whatever batch, on whatever rank. VLLMEngine is the fast one on a GPU.
+any batch, on any rank. VLLMEngine is the fast one on a GPU. Is it right on yours? `python rollout.py --selftest MODEL`
+(with torchrun in front, as the training) compares the two sides' log-probabilities before and after weights are pushed.
 """
 
 import argparse
@@ -26,7 +28,7 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import AttentionInterface
 
-from reward import final_answer  # a gold answer is cut out of its solution by the rule that responses are graded by
+from reward import final_answer
 
 
 # ---------------------------------------------------------------------------------------------------- problems
@@ -47,15 +49,29 @@ class Sample:
     finished: bool  # False: cut off at max_new_tokens
 
 
-# Column names, first match wins. They cover AIME-2024 (Maxwell-Jia, HuggingFaceH4, math-ai), AMC (AI-MO, math-ai),
-# MATH-500, OlympiadBench (Hothan, math-ai), GSM8K, MATH-lighteval, DAPO-Math-17k (and -Processed), DeepScaleR.
-PROBLEM_FIELDS = ("problem", "Problem", "question", "prompt")
-ANSWER_FIELDS = ("answer", "Answer", "final_answer", "reward_model", "solution")
-DAPO_PROMPT = re.compile(r"^Solve the following math problem step by step\..*?\n\n(.*)\n\nRemember to put your answer.*$", re.S)
+def from_chat(messages):
+    """DAPO-Math-17k's chat, and its problem out of an instruction that contradicts ours."""
+    text = messages if isinstance(messages, str) else messages[-1]["content"]
+    return re.sub(r"^Solve the following math problem step by step\..*?\n\n(.*)\n\nRemember to put your.*$", r"\1", text, flags=re.S)
+
+
+# Column -> how to read it; the first column that a row has counts. They cover AIME-2024 (Maxwell-Jia, HuggingFaceH4,
+# math-ai), AMC (AI-MO, math-ai), MATH-500, OlympiadBench (Hothan, math-ai), GSM8K, MATH-lighteval, DAPO-Math-17k
+# and its -Processed, DeepScaleR. Gold answers are cut out of solutions by the rule that responses are graded by.
+COLUMNS = {
+    "problem": {"problem": str, "Problem": str, "question": str, "prompt": from_chat},
+    "answer": {
+        "answer": lambda value: value.rpartition("####")[2] if isinstance(value, str) else value,  # GSM8K
+        "Answer": lambda value: value,
+        "final_answer": lambda values: ", ".join(values).replace("$", ""),  # OlympiadBench
+        "reward_model": lambda value: value["ground_truth"],  # DAPO
+        "solution": lambda text: final_answer(text) if "\\boxed" in text else text,  # MATH
+    },
+}
 
 
 def to_problem(row: dict) -> tuple[str, str]:
-    """A dataset row of any of the layouts above -> (problem, answer); ValueError names the field at fault.
+    """A row in any of these layouts -> (problem, answer); ValueError names the field at fault and the remedy.
 
     >>> to_problem({"question": "2+3?", "answer": "Two and three make 5.\\n#### 5"})
     ('2+3?', '5')
@@ -65,29 +81,22 @@ def to_problem(row: dict) -> tuple[str, str]:
     ('2+3?', '5')
     """
     found = []
-    for fields in (PROBLEM_FIELDS, ANSWER_FIELDS):
-        name = next((f for f in fields if row.get(f) is not None), None)
-        if name is None:
-            raise ValueError(f"no field {' or '.join(map(repr, fields))}; it has {sorted(row)}: rename one of them")
-        value = row[name]
-        if name == "prompt" and isinstance(value, list):  # chat messages; DAPO wraps the problem in its own instruction
-            value = DAPO_PROMPT.sub(r"\1", value[-1]["content"])
-        if name == "reward_model":
-            value = value["ground_truth"]
-        if isinstance(value, list):  # OlympiadBench: several values of one answer
-            value = ", ".join(map(str, value))
-        if isinstance(value, float) and value.is_integer():  # AMC: 142.0
-            value = int(value)
-        if isinstance(value, (dict, bool)):
-            raise ValueError(f"field {name!r} must be text or a number, not {type(value).__name__}")
-        value = str(value).strip()
-        if name == "answer" and "####" in value:  # GSM8K
-            value = value.rpartition("####")[2].strip()
-        if name == "solution" and "\\boxed" in value:  # MATH; in DAPO-Math-17k-Processed it is the bare answer
-            value = final_answer(value) or ""
-        if not value:
-            raise ValueError(f"field {name!r} holds nothing: fill it or delete the line")
-        found.append(value)
+    for part, readers in COLUMNS.items():
+        column = next((c for c in readers if row.get(c) is not None), None)
+        if column is None:
+            raise ValueError(f"no {part}: give it a field {' or '.join(map(repr, readers))}; there are {list(row)}")
+        try:
+            value = readers[column](row[column])
+        except (LookupError, TypeError):
+            raise ValueError(f"field {column!r} is not as datasets with that name have it: give text in {part!r}") from None
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # AMC's 142.0
+        if isinstance(value, (bool, dict, list)):
+            raise ValueError(f"field {column!r} must be text or a number, not {type(value).__name__}")
+        text = "" if value is None else str(value).strip()
+        if not text:
+            raise ValueError(f"field {column!r} holds no {part}: fill it or delete the line")
+        found.append(text)
     return tuple(found)
 
 
@@ -122,14 +131,15 @@ def read_jsonl(path: str):
         raise ValueError(f"{path}: no such file; give a JSONL file or a dataset on the hub as id:config:split")
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}, line {number}: not JSON ({error}); write one object a line") from None
-                if not isinstance(row, dict):
-                    raise ValueError(f"{path}, line {number}: a {type(row).__name__}, not an object; write one object a line")
-                yield f"{path}, line {number}", row
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line) if line.strip() else None
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where}: not JSON ({error}); write one object a line") from None
+            if not isinstance(row, (dict, type(None))):
+                raise ValueError(f"{where}: a {type(row).__name__}, not an object; write one object a line")
+            if row is not None:
+                yield where, row
 
 
 def read_dataset(source: str):
@@ -139,9 +149,9 @@ def read_dataset(source: str):
     name, config, split, *_ = *source.split(":"), "", ""
     try:
         splits = load_dataset(name, config or None)
-    except Exception as error:  # offline, no such id, a missing config: datasets has no common class for them
-        reason = (str(error).splitlines() or [""])[0]
-        raise ValueError(f"{source}: neither a file nor a dataset that loads ({type(error).__name__}: {reason})") from None
+    except Exception as error:  # offline, no such id, no such config: datasets has no one class for them
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{source}: not a file, nor a dataset that loads ({type(error).__name__}: {reason})") from None
     if not split and len(splits) == 1:
         split = next(iter(splits))
     if split not in splits:
@@ -174,7 +184,7 @@ def fits(prompt: list[int], max_new_tokens: int, max_context: int) -> bool:
 
 def decode(tokenizer, prompt: list[int], token_ids: list[int]) -> str:
     """A response's text. R1-Distill's template ends the prompt with `<think>`, which the text gets back in front."""
-    thinking = tokenizer.decode(prompt[-4:]).rstrip().endswith("<think>")
+    thinking = tokenizer.decode(prompt[-12:]).rstrip().endswith("<think>")
     return "<think>\n" * thinking + tokenizer.decode(token_ids, skip_special_tokens=True)
 
 
