@@ -48,7 +48,7 @@ import traceback
 import warnings
 from collections import Counter
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, Optional
@@ -64,9 +64,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
 from error_pool import ErrorPool, correction_prompt, next_stage
-from evaluate import accuracy, fail, gather, sample_answers, sample_corrections, start_distributed, warn
+from evaluate import accuracy, fail, flag, gather, sample_answers, sample_corrections, start_distributed, warn
 from loss import (analysis_mask, carries_gradient, deal, group_advantages, importance_weights, overlong_punishment,
-                  policy_loss, step_denominator, token_logprobs)  # fmt: skip
+                  policy_loss, step_denominator, token_logprobs)
 from reward import Grader, find_correction
 from rollout import Problem, Sample, fits, load_problems, make_engine, render, sample_seed, solution_prompt
 
@@ -76,10 +76,6 @@ warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # its successo
 
 
 # ============================================================================================= 1. settings
-
-
-def flag(default, text):
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -144,6 +140,13 @@ class Config:
     wandb: bool = flag(False, "log to Weights & Biases too, if it is installed")
 
 
+LEAST = {  # the smallest value that makes sense
+    "group_size": 2, "steps": 0, "epochs": 0, "questions_per_step": 1, "max_new_tokens": 1, "temperature": 0,
+    "updates_per_rollout": 1, "clip_low": 0, "clip_high": 0, "beta": 0, "importance_cap": 0, "min_variance": 0,
+    "errors_per_question": 1, "dynamic_sampling": 1, "overlong_cache": 0, "learning_rate": 0, "warmup_steps": 0,
+    "weight_decay": 0, "max_grad_norm": 1e-9, "micro_batch_tokens": 1, "logprob_chunk": 1, "grader_workers": 1,
+    "eval_every": 0, "eval_questions": 0, "save_every": 1, "keep_checkpoints": 1,
+}
 # Fields that may differ between a run and its resumption: they do not change what is computed.
 FREE = ("output_dir", "resume", "steps", "epochs", "eval_every", "save_every", "keep_checkpoints", "samples_per_step", "wandb")
 
@@ -176,36 +179,32 @@ def parse(arguments: list[str]) -> Config:
 def check(config: Config) -> None:
     """Fills in what --algorithm decides, and raises ValueError for what METHOD's limits forbid."""
     dapo = config.algorithm == "dapo"
-    for name, value in (("clip_high", 0.28 if dapo else 0.2), ("reduction", "dapo" if dapo else "grpo"),
-                        ("dynamic_sampling", 4 if dapo else 1),
-                        ("overlong_cache", config.max_new_tokens // 5 if dapo else 0)):  # fmt: skip
+    for name, value in {
+        "clip_high": 0.28 if dapo else 0.2, "reduction": "dapo" if dapo else "grpo",
+        "dynamic_sampling": 4 if dapo else 1, "overlong_cache": config.max_new_tokens // 5 if dapo else 0,
+    }.items():
         if getattr(config, name) is None:
             setattr(config, name, value)
+    for name, least in LEAST.items():
+        if getattr(config, name) < least:
+            raise ValueError(f"--{name} {getattr(config, name)}: must be at least {least}")
     c = config
     for wrong, message in (
-        (c.group_size < 2, f"--group_size {c.group_size}: an advantage relative to the group needs at least 2"),
         (c.pool_trigger < c.questions_per_step, f"--pool_trigger {c.pool_trigger} is less than --questions_per_step "
          f"{c.questions_per_step}: stage 2 would end before it began; raise the one or lower the other"),
-        (not 0 <= c.min_variance <= 0.25, f"--min_variance {c.min_variance}: 0/1 rewards have a variance of at most 0.25, "
-         "nothing would be informative; choose 0 to 0.25"),
+        (c.min_variance > 0.25, f"--min_variance {c.min_variance}: 0/1 rewards have a variance of at most 0.25, so nothing "
+         "would be informative; choose 0 to 0.25"),
         (c.algorithm != "scrpo" and c.train_stages == "2", f"--train_stages 2 contradicts --algorithm {c.algorithm}, which "
          "has no stage 2; leave one of them out"),
         (c.questions_per_step % c.updates_per_rollout, f"--updates_per_rollout {c.updates_per_rollout} does not divide "
-         f"--questions_per_step {c.questions_per_step}"),
-        (c.temperature <= 0, f"--temperature {c.temperature}: training samples, so it must be above 0"),
-        (not 0 < c.clip_low < 1, f"--clip_low {c.clip_low}: must lie between 0 and 1"),
-        (c.overlong_cache > c.max_new_tokens, f"--overlong_cache {c.overlong_cache} exceeds --max_new_tokens {c.max_new_tokens}"),
-    ):  # fmt: skip
+         f"--questions_per_step {c.questions_per_step}; choose a divisor"),
+        (c.temperature == 0, "--temperature 0: training samples, so it must be above 0"),
+        (c.clip_low >= 1, f"--clip_low {c.clip_low}: a ratio is never below 0, so it must be below 1"),
+        (c.overlong_cache > c.max_new_tokens, f"--overlong_cache {c.overlong_cache} exceeds --max_new_tokens "
+         f"{c.max_new_tokens}; lower it"),
+    ):
         if wrong:
             raise ValueError(message)
-    for name in ("beta", "importance_cap", "clip_high", "learning_rate", "warmup_steps", "weight_decay", "steps", "epochs",
-                 "eval_every", "eval_questions", "overlong_cache"):  # fmt: skip
-        if getattr(c, name) < 0:
-            raise ValueError(f"--{name} {getattr(c, name)}: must not be negative")
-    for name in ("questions_per_step", "updates_per_rollout", "max_new_tokens", "errors_per_question", "micro_batch_tokens",
-                 "logprob_chunk", "max_grad_norm", "save_every", "keep_checkpoints", "grader_workers", "dynamic_sampling"):  # fmt: skip
-        if getattr(c, name) <= 0:
-            raise ValueError(f"--{name} {getattr(c, name)}: must be positive")
 
 
 # ================================================================================================== 2. the two stages
@@ -342,7 +341,7 @@ def sample_groups(run, step: int, tasks: list, stage: int, offset: int = 0) -> l
             samples = run.engine.generate(
                 [tasks[b][2] for b in mine], config.group_size, temperature=config.temperature,
                 max_new_tokens=config.max_new_tokens, seeds=seeds, progress=bar.update,
-            )  # fmt: skip
+            )
         run.engine.sleep()
     with run.clock("grading"):
         graded = grade_samples(run, [tasks[b] for b in mine], samples, stage)
@@ -381,7 +380,7 @@ def make_examples(groups, advantages, masks, counted) -> list[Example]:
             examples.append(Example(
                 b, advantages[b, i].item(), counted[b][i], group.prompt + sample.token_ids[:end],
                 len(group.prompt) + start, masks[b][i][start:end], sample.logprobs[start:end],
-            ))  # fmt: skip
+            ))
     return examples
 
 
@@ -518,7 +517,7 @@ def batch_loss(run, batch: Batch, denominator: float, totals: Counter) -> torch.
     loss, stats = policy_loss(
         logp, old_logp, ref_logp, batch.advantages, batch.mask, clip_low=config.clip_low, clip_high=config.clip_high,
         beta=config.beta, reduction=config.reduction, weights=weights, denominator=denominator,
-    )  # fmt: skip
+    )
     gap = (old_logp - batch.engine_logp)[batch.mask]  # 0 but for numerics, unless the engine has stale weights
     totals.update({name: value.item() for name, value in stats.items()})
     totals["loss"] += loss.item()
@@ -590,7 +589,7 @@ def average(mine: Counter, ranks: list[Counter], config: Config) -> dict:
         "loss_tokens": int(n), **metrics, "kl": metrics.get("kl"),
         "logp_gap_max": max(rank["gap_max"] for rank in ranks) if n else None,
         "empty_updates": mine["empty_updates"], "nonfinite_updates": mine["nonfinite"],
-    }  # fmt: skip
+    }
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -721,7 +720,7 @@ def switch_stage(run: Run, step: int) -> bool:
         state.visits, state.visit_loss_tokens = state.visits + 1, 0
     elif (before, state.stage) == (2, 1) and state.visit_loss_tokens == 0 and run.config.train_stages != "1":
         warn(f"step {step}: visit {state.visits} to stage 2 ended without a single loss token: no correction was both "
-             "well-formed and right with an advantage; see well_formed and correction_success in metrics.jsonl")  # fmt: skip
+             "well-formed and right with an advantage; see well_formed and correction_success in metrics.jsonl")
     return before != state.stage
 
 
@@ -730,7 +729,7 @@ def alarm(run: Run, metrics: dict) -> None:
     gap, limit = metrics.get("logp_gap"), 0.05 if run.optimizer.bf16 else 0.002
     if gap is not None and gap > limit:
         warn(f"step {run.state.step}: engine and trainer disagree by {gap:.3g} in log p on average (expected below {limit}). "
-             "Usually the engine samples with stale weights, or at another temperature; try rollout.py --selftest")  # fmt: skip
+             "Usually the engine samples with stale weights, or at another temperature; try rollout.py --selftest")
     if run.state.nonfinite_in_a_row >= 3:
         raise FloatingPointError(
             f"step {run.state.step}, stage {run.state.stage}: the gradient was not finite {run.state.nonfinite_in_a_row} "
@@ -779,7 +778,7 @@ def record(run: Run, metrics: dict, groups: list[Group]) -> None:
         "visits": state.visits, "dropped_errors": state.dropped_errors, "questions": state.questions,
         "samples": state.samples, "tokens": state.tokens,
         "seconds": {part: round(value, 4) for part, value in run.seconds.items()}, "peak_memory_gb": peak / 2**30,
-    }  # fmt: skip
+    }
     metrics = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
     append(run.output / "metrics.jsonl", [metrics])
     kept = len(samples) if config.samples_per_step < 0 else config.samples_per_step
@@ -787,7 +786,7 @@ def record(run: Run, metrics: dict, groups: list[Group]) -> None:
         {"step": state.step, "stage": state.stage, "problem": g.problem, "answer": g.answer, "prompt": run.tokenizer.decode(g.prompt),
          "response": s.text, "verdict": verdict, "finished": s.finished, "analysis": span}
         for g in groups for s, verdict, span in zip(g.samples, g.verdicts, g.spans)
-    ]  # fmt: skip
+    ]
     append(run.output / "samples.jsonl", lines[:kept])
     if state.nonfinite_in_a_row >= 3:
         append(run.output / "nonfinite.jsonl", lines)
@@ -936,7 +935,7 @@ def load_checkpoint(run: Run) -> bool:
     if not common:
         if any(gather([bool(whole)])):
             warn(f"no checkpoint in {run.output} is whole on every rank, so the run starts from its beginning; on separate "
-                 "disks each node must get the ranks that it had")  # fmt: skip
+                 "disks each node must get the ranks that it had")
         return False
     # To the host first: on the GPU, where vLLM is awake by now, the shard would be there twice.
     saved = torch.load(whole[max(common)], map_location="cpu", weights_only=True)
@@ -1000,12 +999,12 @@ def claim_output(run: Run) -> None:
                 error = f"--output_dir {run.output} already holds a run; add --resume to go on with it, or name another folder"
             elif changed:
                 error = (f"--resume with another {changed[0]} ({saved[changed[0]]} in {path}, now {settings.get(changed[0])}) "
-                         "would be another run; put it back, or choose another --output_dir")  # fmt: skip
+                         "would be another run; put it back, or choose another --output_dir")
         elif (run.output / "metrics.jsonl").exists():
             error = f"--output_dir {run.output} holds metrics.jsonl but no settings.json; choose another folder"
         elif run.rank == 0 and (run.output / "checkpoints").exists():  # on separate disks, with the nodes in another order
             error = (f"--output_dir {run.output} holds another rank's checkpoints and no settings.json: rank 0 must be on the node "
-                     "it was on; torchrun --node_rank with a static rendezvous fixes the order")  # fmt: skip
+                     "it was on; torchrun --node_rank with a static rendezvous fixes the order")
         agree(error)  # and only then does anybody write
         run.output.mkdir(parents=True, exist_ok=True)
         if run.rank == 0:
@@ -1042,10 +1041,10 @@ def fitting_problems(run: Run) -> None:
         (kept if fits(prompt, config.max_new_tokens, run.engine.max_context) else too_long).append(problem)
     if too_long:
         warn(f"{len(too_long)} of {len(run.problems)} problems of {config.train_data} left out: prompt and --max_new_tokens "
-             f"{config.max_new_tokens} exceed the context of {run.engine.max_context} tokens; the first: {too_long[0].source}")  # fmt: skip
+             f"{config.max_new_tokens} exceed the context of {run.engine.max_context} tokens; the first: {too_long[0].source}")
     if not kept:
         raise ValueError(f"--train_data {config.train_data}: no prompt fits the context of {run.engine.max_context} tokens with "
-                         f"--max_new_tokens {config.max_new_tokens}; lower it, or raise --max_context")  # fmt: skip
+                         f"--max_new_tokens {config.max_new_tokens}; lower it, or raise --max_context")
     run.problems = kept
 
 
@@ -1077,7 +1076,7 @@ def set_up(config: Config) -> Run:
     run.engine = make_engine(
         config.rollout, run.model, run.tokenizer, model_path=config.model, seed=config.seed,
         max_context=config.max_context, memory_share=config.memory_share,
-    )  # fmt: skip
+    )
     # No buffers to broadcast: that would be a collective in each forward pass, and ranks differ in how many they run.
     policy = Policy(run.model, config.temperature, config.logprob_chunk)
     run.policy = DistributedDataParallel(policy, gradient_as_bucket_view=True, broadcast_buffers=False)
@@ -1128,7 +1127,7 @@ def leave(run: Run, error: Exception) -> None:
                 traceback_file.write_text("".join(traceback.format_exception(error)))
             cause = f"lost rank {', '.join(map(str, lost))}" if lost else " ".join(f"{type(error).__name__}: {error}".split())
             print(f"error: rank {run.rank}, step {run.state.step + 1}: {cause[:300]} (traceback: {traceback_file}); "
-                  "--resume goes on from the last whole checkpoint", file=sys.stderr)  # fmt: skip
+                  "--resume goes on from the last whole checkpoint", file=sys.stderr)
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(code)
 
