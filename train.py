@@ -145,7 +145,7 @@ LEAST = {  # the smallest value that makes sense
     "updates_per_rollout": 1, "clip_low": 0, "clip_high": 0, "beta": 0, "importance_cap": 0, "min_variance": 0,
     "errors_per_question": 1, "dynamic_sampling": 1, "overlong_cache": 0, "learning_rate": 0, "warmup_steps": 0,
     "weight_decay": 0, "max_grad_norm": 1e-9, "micro_batch_tokens": 1, "logprob_chunk": 1, "grader_workers": 1,
-    "eval_every": 0, "eval_questions": 0, "save_every": 1, "keep_checkpoints": 1,
+    "eval_every": 0, "eval_questions": 0, "save_every": 1, "keep_checkpoints": 1, "seed": 0,
 }
 # Fields that may differ between a run and its resumption: they do not change what is computed.
 FREE = ("output_dir", "resume", "steps", "epochs", "eval_every", "save_every", "keep_checkpoints", "samples_per_step", "wandb")
@@ -186,7 +186,7 @@ def check(config: Config) -> None:
         if getattr(config, name) is None:
             setattr(config, name, value)
     for name, least in LEAST.items():
-        if getattr(config, name) < least:
+        if not getattr(config, name) >= least:  # not `<`: nan is never less
             raise ValueError(f"--{name} {getattr(config, name)}: must be at least {least}")
     c = config
     for wrong, message in (
@@ -337,6 +337,8 @@ def sample_groups(run, step: int, tasks: list, stage: int, offset: int = 0) -> l
     with run.clock("rollout"):
         seeds = [[sample_seed(config.seed, step, offset + b, i) for i in range(config.group_size)] for b in mine]
         run.sampling = True
+        if run.stop:  # SIGTERM came earlier, while a checkpoint was written or weights were pushed
+            raise Preempted
         with run.bar("rollout", len(mine) * config.group_size) as bar:
             samples = run.engine.generate(
                 [tasks[b][2] for b in mine], config.group_size, temperature=config.temperature,
@@ -557,6 +559,7 @@ def update(run, step: int, groups: int, examples: list[Example]) -> dict:
                 loss = anchor(run) if batch is None else batch_loss(run, batch, denominator, totals)
                 (loss * run.world).backward()  # DDP averages over ranks, the denominator is that of all of them
             run.optimizer.accumulate()
+        run.boundary = None  # the weights move now
         norm = run.optimizer.step(learning_rate(config, step))
         totals["updates"] += 1
         if math.isfinite(norm):
@@ -565,6 +568,8 @@ def update(run, step: int, groups: int, examples: list[Example]) -> dict:
         else:
             totals["nonfinite"] += 1
             run.state.nonfinite_in_a_row += 1
+            if run.state.nonfinite_in_a_row == 3:
+                break  # `alarm` ends the run
     torch.cuda.empty_cache()  # vLLM wakes past torch's allocator, and cannot use what that keeps; nothing happens on a CPU
     return average(totals, gather([totals]), config)
 
@@ -644,7 +649,7 @@ class Run:
     eval_problems: list[Problem]
     state: State
 
-    boundary: dict  # `boundary` before the current step
+    boundary: Optional[dict] = None  # `boundary` before the current step, as long as the weights are those of then
 
     def __init__(self, config: Config):
         self.config, self.state, self.seconds = config, State(), Counter()
@@ -653,8 +658,8 @@ class Run:
     def interrupt(self, *_) -> None:
         """SIGTERM. While samples are drawn, which may take minutes, the weights are still those of the last boundary,
         and the step is given up; during the short update it is finished first."""
-        self.stop = True
-        if self.sampling:
+        again, self.stop = self.stop, True
+        if self.sampling and not again:
             raise Preempted
 
     @contextmanager
@@ -701,11 +706,11 @@ def train(run: Run) -> None:
         record(run, {"step": step, "stage": state.stage, **metrics}, groups)
         alarm(run, metrics)
         show_progress(bar, run, metrics)
-        stop = any(gather([run.stop]))  # SIGTERM may reach the ranks in different steps
-        if last or stop or step % config.save_every == 0:
+        run.stop = any(gather([run.stop]))  # SIGTERM may reach the ranks in different steps
+        if last or run.stop or step % config.save_every == 0:
             save_checkpoint(run, boundary(run))
             prune_checkpoints(run)
-        if last or stop:
+        if last or run.stop:
             break
     bar.close()
 
@@ -897,17 +902,25 @@ def save_checkpoint(run: Run, between_steps: dict) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
         torch.save({**between_steps, "optimizer": run.optimizer.state_dict()}, buffer)
-        write_whole(folder / f"rank_{run.rank}.pt", buffer.getbuffer())
-        digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
-        write_whole(folder / f"rank_{run.rank}.sha256", f"{digest}  rank_{run.rank}.pt\n".encode())
+        data = folder / f"rank_{run.rank}.pt"
+        write_whole(data, buffer.getbuffer())
+        write_whole(data.with_suffix(".sha256"), sha256sum(data.name, buffer.getbuffer()))
+
+
+def sha256sum(name: str, data) -> bytes:
+    return f"{hashlib.sha256(data).hexdigest()}  {name}\n".encode()
 
 
 def prune_checkpoints(run: Run) -> None:
     """Removes the oldest, once the newest is whole on every rank."""
     gather([None])
-    for folder in sorted((run.output / "checkpoints").glob("step_*"))[: -run.config.keep_checkpoints]:
-        for suffix in ("sha256", "pt"):
-            (folder / f"rank_{run.rank}.{suffix}").unlink(missing_ok=True)
+    remove_shards(run, sorted((run.output / "checkpoints").glob("step_*"))[: -run.config.keep_checkpoints])
+
+
+def remove_shards(run: Run, folders: list[Path]) -> None:
+    for folder in folders:
+        for file in sorted(folder.glob(f"rank_{run.rank}.*"), reverse=True):  # the digest first: half removed is not whole
+            file.unlink()
         with suppress(OSError):  # another rank's files are still in it
             folder.rmdir()
 
@@ -924,19 +937,24 @@ def write_whole(path: Path, data) -> None:
 
 def load_checkpoint(run: Run) -> bool:
     """Loads the newest step that is whole on every rank; damaged ones are named. False if there is none."""
-    whole = {}
+    whole, damaged = {}, []
     for digest in sorted((run.output / "checkpoints").glob(f"step_*/rank_{run.rank}.sha256"), reverse=True):
         data = digest.with_suffix(".pt")
-        if data.exists() and hashlib.sha256(data.read_bytes()).hexdigest() == digest.read_text().split()[0]:
+        if data.exists() and digest.read_bytes() == sha256sum(data.name, data.read_bytes()):
             whole[int(digest.parent.name.removeprefix("step_"))] = data
         else:
-            warn(f"{data} is damaged; the checkpoint before it is used")
-    common = set.intersection(*map(set, gather([list(whole)])))
+            damaged.append(data)
+    for data in gather(damaged):
+        warn(f"{data} is damaged; the checkpoint before it is used")
+    found = gather([list(whole)])
+    common = set.intersection(*map(set, found))
     if not common:
-        if any(gather([bool(whole)])):
+        if any(found):
             warn(f"no checkpoint in {run.output} is whole on every rank, so the run starts from its beginning; on separate "
                  "disks each node must get the ranks that it had")
         return False
+    # Later steps are done again; a shard written then and one of now must not be taken for one checkpoint.
+    remove_shards(run, [f for f in (run.output / "checkpoints").glob("step_*") if f > whole[max(common)].parent])
     # To the host first: on the GPU, where vLLM is awake by now, the shard would be there twice.
     saved = torch.load(whole[max(common)], map_location="cpu", weights_only=True)
     run.state.__dict__.update(saved["state"])
@@ -947,11 +965,13 @@ def load_checkpoint(run: Run) -> bool:
 
 
 def rewind_logs(run: Run) -> None:
-    """Drops what was logged after the checkpoint, and a last line cut short: those steps are done again."""
+    """Drops what was logged after the checkpoint, and a last line cut short: those steps are done again. So is the
+    evaluation before the first step, if that is where the run goes on."""
+    last = run.state.step or -1
     for name in ("metrics.jsonl", "samples.jsonl") if run.rank == 0 else ():
         path, kept = run.output / name, []
         for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
-            if line.endswith("\n") and json.loads(line)["step"] <= run.state.step:
+            if line.endswith("\n") and json.loads(line)["step"] <= last:
                 kept.append(line)
         write_whole(path, "".join(kept).encode())
 
@@ -995,7 +1015,7 @@ def claim_output(run: Run) -> None:
             saved = json.loads(path.read_text())
             free = {*FREE, "launch"} - ({"steps"} if config.schedule == "cosine" else set())
             changed = [name for name in saved if name not in free and saved[name] != settings.get(name)]
-            if not (config.resume or restart):
+            if not (config.resume or (restart and saved["launch"] == launch)):  # a restart may find a run that was refused
                 error = f"--output_dir {run.output} already holds a run; add --resume to go on with it, or name another folder"
             elif changed:
                 error = (f"--resume with another {changed[0]} ({saved[changed[0]]} in {path}, now {settings.get(changed[0])}) "
@@ -1021,7 +1041,7 @@ def load_all(run: Run) -> None:
     try:
         run.tokenizer = AutoTokenizer.from_pretrained(config.model)
         run.model = AutoModelForCausalLM.from_pretrained(config.model, dtype="auto").to(run.device)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # OSError, ValueError, SafetensorError: loaders have no common class
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"--model {config.model}: no model can be loaded from there ({first}); name a folder or a hub id") from error
     for module in run.model.modules():  # with dropout pi_theta would be a random function, and the ratio never 1
@@ -1073,10 +1093,16 @@ def set_up(config: Config) -> Run:
     else:
         run.reference = None  # pi_ref is not even loaded
     run.optimizer = MasterAdamW(run.model, dtype, config, run.rank, run.world)
-    run.engine = make_engine(
-        config.rollout, run.model, run.tokenizer, model_path=config.model, seed=config.seed,
-        max_context=config.max_context, memory_share=config.memory_share,
-    )
+    try:
+        run.engine = make_engine(
+            config.rollout, run.model, run.tokenizer, model_path=config.model, seed=config.seed,
+            max_context=config.max_context, memory_share=config.memory_share,
+        )
+        fitting_problems(run)
+    except ImportError as problem:  # each of these comes on every rank alike
+        fail(f"--rollout {config.rollout}: {problem}; install requirements-vllm.txt, or choose --rollout transformers")
+    except ValueError as problem:
+        fail(str(problem))
     # No buffers to broadcast: that would be a collective in each forward pass, and ranks differ in how many they run.
     policy = Policy(run.model, config.temperature, config.logprob_chunk)
     run.policy = DistributedDataParallel(policy, gradient_as_bucket_view=True, broadcast_buffers=False)
@@ -1084,10 +1110,6 @@ def set_up(config: Config) -> Run:
     run.pool = None
     if config.algorithm == "scrpo":
         run.pool = ErrorPool(config.pool_trigger, config.min_variance, config.errors_per_question)
-    try:
-        fitting_problems(run)
-    except ValueError as problem:
-        fail(str(problem))  # the same on every rank
     return run
 
 
@@ -1110,10 +1132,11 @@ def introduce(run: Run, resumed: bool) -> None:
 def leave(run: Run, error: Exception) -> None:
     """Ends this rank by itself: another may have died or left, so nothing here is collective and no destructor runs.
 
-    Where the error came while samples were drawn, the last boundary is saved first. Then one line about the cause;
+    Where the weights are still those of the last boundary, it is saved first. Then one line about the cause;
     if that is another rank's death, its number: ranks still alive sign in torchrun's store, which outlives them.
     """
-    if run.sampling and not isinstance(error, OSError):
+    run.sampling = False  # a SIGTERM that comes only now interrupts nothing
+    if run.boundary and not isinstance(error, OSError):
         with suppress(OSError):
             save_checkpoint(run, run.boundary)
     store, code = dist.distributed_c10d._get_default_store(), 0
