@@ -162,6 +162,14 @@ def test_a_batch_with_hanging_answers_ends_in_time_and_nothing_else_changes():
     assert changed <= set(hanging) and all(verdicts[i] != "right" for i in hanging)
 
 
+def test_a_worker_lives_under_a_memory_limit():
+    with reward.Grader(deadline=5.0) as grader:
+        grader.grade([boxed("2.0")], ["1"])
+        limits = Path(f"/proc/{grader.idle[0].pid}/limits").read_text()
+        assert f"Max address space         {reward.MEMORY} " in limits
+        assert grader.verdicts([boxed(HOSTILE["memory"])], ["5"]) == ["ungradable"]
+
+
 def test_a_worker_that_is_killed_is_replaced():
     with reward.Grader() as grader:
         grader.grade([boxed("2")] * 2, ["1", "3"])
