@@ -207,11 +207,11 @@ def report(name: str, config, model_config, ranks: int, gpu_gb: float) -> bool:
 CHECKS = {  # name: (shape, ranks, train.py's flags); 55 to 140 M parameters
     "deep, all activations kept": (dict(
         hidden_size=512, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=2, intermediate_size=2048,
-        vocab_size=8192, tie_word_embeddings=False), 1, ["--micro_batch_tokens=2048", "--logprob_chunk=256"]),
+        vocab_size=8192, tie_word_embeddings=False), 1, ["--micro_batch_tokens=1024", "--logprob_chunk=256"]),
     "wide, checkpointing, 2 ranks": (dict(
         hidden_size=1024, num_hidden_layers=8, num_attention_heads=16, num_key_value_heads=4, intermediate_size=4096,
         vocab_size=8192, tie_word_embeddings=False), 2,
-        ["--micro_batch_tokens=2048", "--logprob_chunk=256", "--gradient_checkpointing"]),
+        ["--micro_batch_tokens=1024", "--logprob_chunk=256", "--gradient_checkpointing"]),
     "large vocabulary, tied, KL": (dict(
         hidden_size=768, num_hidden_layers=4, num_attention_heads=12, num_key_value_heads=2, intermediate_size=2048,
         vocab_size=65536, tie_word_embeddings=True), 1, ["--micro_batch_tokens=1024", "--logprob_chunk=512", "--beta=0.04"]),
