@@ -945,7 +945,7 @@ def load_checkpoint(run: Run) -> bool:
         else:
             damaged.append(data)
     for data in gather(damaged):
-        warn(f"{data} is damaged; the checkpoint before it is used")
+        warn(f"{data} is damaged and not used")
     found = gather([list(whole)])
     common = set.intersection(*map(set, found))
     if not common:
@@ -1139,18 +1139,21 @@ def leave(run: Run, error: Exception) -> None:
     if run.boundary and not isinstance(error, OSError):
         with suppress(OSError):
             save_checkpoint(run, run.boundary)
-    store, code = dist.distributed_c10d._get_default_store(), 0
-    store.set(f"alive_{run.rank}", "")
-    if not isinstance(error, Preempted):
-        time.sleep(2)
-        lost = [rank for rank in range(run.world) if not store.check([f"alive_{rank}"])]
-        if lost or not run.stop:  # else all got SIGTERM, and some left before us
-            code, traceback_file = 1, run.output / f"error_rank_{run.rank}.txt"
-            with suppress(OSError):
-                traceback_file.write_text("".join(traceback.format_exception(error)))
-            cause = f"lost rank {', '.join(map(str, lost))}" if lost else " ".join(f"{type(error).__name__}: {error}".split())
-            print(f"error: rank {run.rank}, step {run.state.step + 1}: {cause[:300]} (traceback: {traceback_file}); "
-                  "--resume goes on from the last whole checkpoint", file=sys.stderr)
+    store, code, lost = dist.distributed_c10d._get_default_store(), 0, []
+    try:
+        store.set(f"alive_{run.rank}", "")
+        if not isinstance(error, Preempted):
+            time.sleep(2)
+            lost = [rank for rank in range(run.world) if not store.check([f"alive_{rank}"])]
+    except RuntimeError:  # without torchrun the store is rank 0's, and gone with it
+        lost = [0]
+    if not isinstance(error, Preempted) and (lost or not run.stop):  # else all got SIGTERM, and some left before us
+        code, traceback_file = 1, run.output / f"error_rank_{run.rank}.txt"
+        with suppress(OSError):
+            traceback_file.write_text("".join(traceback.format_exception(error)))
+        cause = f"lost rank {', '.join(map(str, lost))}" if lost else " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"error: rank {run.rank}, after step {run.state.step}: {cause[:300]} (traceback: {traceback_file}); "
+              "--resume goes on from the last whole checkpoint", file=sys.stderr)
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(code)
 
