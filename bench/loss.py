@@ -1,13 +1,15 @@
 """What loss.py costs, and whether its gradients are a peer's: ratios, each measured side by side in one run.
 
+Seconds are CPU seconds of one thread on both sides, so that other work on the machine does not count.
+
     pip install -r bench/requirements.txt          # adds TRL; without it the rows beside TRL say so
-    python bench/loss.py                           # all, about 10 minutes on 2 cores, 22 GB of memory
+    python bench/loss.py                           # all: 10 minutes of one core, 22 GB of memory
     python bench/loss.py head padding update trl gradients      # or some of them
 
-head       one vocabulary of 151,936 at hidden size 1,536: log-probabilities and entropy of 8,192 tokens, forward and
-           backward, by `ChunkedLogprobs` and by plain logits and log_softmax; each in a fresh process, fp32. Where the
-           memory does not suffice for the plain version, its peak is extrapolated from two smaller token counts,
-           in which it is linear, and the times are those of the larger of these.
+head       one vocabulary of 151,936 at hidden size 1,536: log-probabilities and entropy of 8,192 tokens, forward
+           and backward, by `ChunkedLogprobs` and by plain logits and log_softmax; each in a fresh process, fp32.
+           Where memory does not suffice for the plain version, its peak is extrapolated from the two largest token
+           counts that fit, in which it is linear, and the times are those of the larger.
 padding    micro-batches of `deal` on log-normal lengths.
 update     one whole `update` of train.py (DDP, loss, statistics, optimizer) against a bare forward, cross-entropy and
            backward of the same micro-batches, taking turns in one process.
@@ -38,6 +40,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import loss
 
+torch.set_num_threads(1)
 VOCABULARY, HIDDEN, TOKENS = 151_936, 1_536, 8_192
 GIB = 2**30
 NO_TRL = "not measured: TRL is not installed"
@@ -61,7 +64,7 @@ def main() -> None:
 def child(function, *arguments):
     """Calls a function of this file in a fresh process, so that its peak memory is its own."""
     command = [sys.executable, __file__, "--child", function, *map(json.dumps, arguments)]
-    environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
     out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
     return json.loads(out.splitlines()[-1])
 
@@ -70,24 +73,22 @@ def child(function, *arguments):
 
 
 def head():
-    lean = child("head_once", "lean", TOKENS)
-    # logits, log-probabilities, their exponential and its product with them for the entropy, and the weight's gradient
-    needed = (4 * TOKENS + 1.1 * HIDDEN) * VOCABULARY * 4 + 2 * GIB
-    available = int(next(line for line in open("/proc/meminfo") if "MemAvailable" in line).split()[1]) * 1024
-    if available > needed:
-        plain = child("head_once", "plain", TOKENS)
-        lean_time, how = lean["seconds"], f"{TOKENS:,} tokens, fp32"
-    else:
-        small, large = (child("head_once", "plain", n) for n in (TOKENS // 4, TOKENS // 2))
-        slope = (large["gib"] - small["gib"]) / (TOKENS // 4)
-        plain = {"gib": large["gib"] + slope * (TOKENS // 2), "seconds": large["seconds"]}
-        lean_time = child("head_once", "lean", TOKENS // 2)["seconds"]
-        how = (f"fp32; the plain version at {TOKENS // 4:,} and {TOKENS // 2:,} tokens ({small['gib']:.2f}, {large['gib']:.2f} GiB), "
-               f"extrapolated; times at {TOKENS // 2:,}")  # fmt: skip
+    memory = next(line for line in open("/proc/meminfo") if line.startswith("MemAvailable"))
+    tokens = TOKENS
+    # log-probabilities, logits, then an exponential and a product for the entropy; weight and gradient; a reserve
+    while (4 * tokens + 2 * HIDDEN) * VOCABULARY * 4 + 2 * GIB > int(memory.split()[1]) * 1024:
+        tokens //= 2
+    plain, lean, how = child("head_once", "plain", tokens), child("head_once", "lean", TOKENS), f"{TOKENS:,} tokens"
+    peak, times = plain["gib"], (lean["seconds"], plain["seconds"])
+    if tokens < TOKENS:
+        half = child("head_once", "plain", tokens // 2)
+        peak += (plain["gib"] - half["gib"]) * (TOKENS - tokens) / (tokens // 2)
+        times = (child("head_once", "lean", tokens)["seconds"], plain["seconds"])
+        how += f"; plain extrapolated from {half['gib']:.2f} and {plain['gib']:.2f} at {tokens // 2:,} and {tokens:,}"
     yield ("peak extra memory of log-probabilities, forward + backward, over plain logits", "at most 0.125",
-           f"{lean['gib'] / plain['gib']:.3f}", f"{lean['gib']:.2f} / {plain['gib']:.2f} GiB; {how}")  # fmt: skip
-    yield ("time of the same", "at most 1.7", f"{lean_time / plain['seconds']:.2f}",
-           f"{lean_time:.1f} / {plain['seconds']:.1f} s, {torch.get_num_threads()} threads")  # fmt: skip
+           f"{lean['gib'] / peak:.3f}", f"{lean['gib']:.2f} / {peak:.2f} GiB; fp32, {how}")  # fmt: skip
+    yield ("time of the same", "at most 1.7", f"{times[0] / times[1]:.2f}",
+           f"{times[0]:.1f} / {times[1]:.1f} s at {tokens:,} tokens")  # fmt: skip
 
 
 def head_once(kind, tokens):
@@ -96,7 +97,7 @@ def head_once(kind, tokens):
     weight = (torch.randn(VOCABULARY, HIDDEN) * 0.02).requires_grad_()
     targets = torch.randint(VOCABULARY, (tokens,))
     before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
-    start = time.perf_counter()
+    start = time.process_time()
     if kind == "lean":
         logp, _ = loss.ChunkedLogprobs.apply(hidden, weight, None, targets, 1.0, 1024)
     else:
@@ -105,7 +106,7 @@ def head_once(kind, tokens):
         with torch.no_grad():
             -(log_probs.exp() * log_probs).sum(dim=-1)
     logp.mean().backward()
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     return {"gib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / GIB, "seconds": seconds}
 
 
@@ -115,13 +116,15 @@ def head_once(kind, tokens):
 def padding(budget=16_384):
     shares, counts = [], []
     for seed in range(20):
-        lengths = np.exp(np.random.default_rng(seed).normal(math.log(1000), 0.8, 512)).clip(1, 8192).astype(int).tolist()
+        drawn = np.exp(np.random.default_rng(seed).normal(math.log(1000), 0.8, 512))
+        lengths = drawn.clip(1, 8192).astype(int).tolist()
         (hand,) = loss.deal(lengths, ranks=1, budget=budget)
         cells = sum(len(part) * max(lengths[i] for i in part) for part in hand)
         shares.append(1 - sum(lengths) / cells)
         counts.append(len(hand) / (sum(lengths) / budget))
     how = "20 draws of 512 lengths, median 1,000, sigma 0.8, cap 8,192; budget 16,384"
-    yield "padding in micro-batches", "at most 5 %", f"{100 * np.mean(shares):.1f} %, worst {100 * max(shares):.1f} %", how
+    worst = f"{100 * np.mean(shares):.1f} %, worst {100 * max(shares):.1f} %"
+    yield "padding in micro-batches", "at most 5 %", worst, how
     yield "micro-batches over tokens / budget", "at most 1.2", f"{np.mean(counts):.2f}, worst {max(counts):.2f}", how
 
 
@@ -162,11 +165,10 @@ def our_run():
     train.check(config)
     model = random_model()
     optimizer = train.MasterAdamW(model, torch.float32, config, rank, world)
-    policy = torch.nn.parallel.DistributedDataParallel(
-        train.Policy(model, config.temperature, config.logprob_chunk), gradient_as_bucket_view=True, broadcast_buffers=False
-    )
-    run = SimpleNamespace(config=config, rank=rank, world=world, device=device, optimizer=optimizer, policy=policy, reference=None,
-                          state=SimpleNamespace(nonfinite_in_a_row=0))  # fmt: skip
+    policy = train.Policy(model, config.temperature, config.logprob_chunk)
+    policy = train.DistributedDataParallel(policy, gradient_as_bucket_view=True, broadcast_buffers=False)
+    run = SimpleNamespace(config=config, rank=rank, world=world, device=device, optimizer=optimizer, policy=policy,
+                          reference=None, state=SimpleNamespace(nonfinite_in_a_row=0))  # fmt: skip
     return train, run, model
 
 
@@ -185,9 +187,9 @@ def our_examples(train, mixed):
 
 
 def timed(function, *arguments):
-    start = time.perf_counter()
+    start = time.process_time()
     function(*arguments)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 # ---------------------------------------------------------------------------------------- an update and its floor
@@ -196,7 +198,7 @@ def timed(function, *arguments):
 def floor():
     ours, bare = child("update_and_floor")
     yield ("one update, over bare forward + cross-entropy + backward of the same micro-batches", "at most 1.15",
-           f"{ours / bare:.2f}", f"{ours:.2f} / {bare:.2f} s, medians of 5, optimizer and statistics on our side only")  # fmt: skip
+           f"{ours / bare:.2f}", f"{ours:.2f} / {bare:.2f} s, medians of 5; optimizer and statistics on our side only")
 
 
 def update_and_floor():
@@ -225,8 +227,8 @@ def peer():
         return
     turns = [(child("our_updates"), child("trl_updates")) for _ in range(2)]
     ours, theirs = (min(turn[side] for turn in turns) for side in (0, 1))
-    how = f"{ours:.2f} / {theirs:.2f} s, best of 2 processes' medians of 3; {GROUPS} x {SAMPLES} samples, micro-batches of {MICRO_BATCH} (TRL)"
-    yield (*row, f"{ours / theirs:.2f}", how)
+    yield (*row, f"{ours / theirs:.2f}", f"{ours:.2f} / {theirs:.2f} s, best of 2 processes' medians of 3; "
+           f"{GROUPS} x {SAMPLES} samples, TRL {MICRO_BATCH} a micro-batch")  # fmt: skip
 
 
 def our_updates():
@@ -247,11 +249,12 @@ def trl_trainer(model, inputs, loss_type, steps, callback, temperature=1.0, beta
 
     samples = len(inputs["advantages"])
     config = GRPOConfig(
-        output_dir="/tmp/bench_loss_trl", use_cpu=not torch.cuda.is_available(), bf16=False, gradient_checkpointing=False,
-        per_device_train_batch_size=micro_batch, gradient_accumulation_steps=samples // micro_batch, num_generations=SAMPLES,
-        max_completion_length=LONGEST, loss_type=loss_type, beta=0.0, max_steps=steps, learning_rate=1e-5, lr_scheduler_type="constant",
-        use_bias_correction_kl=False,  # GRPO's k3 as it is; TRL's default multiplies it by the ratio, as DeepSeek-V3.2 does
-        temperature=temperature, max_grad_norm=0.0 if beta else 1.0, report_to=[], save_strategy="no", logging_strategy="no", shuffle_dataset=False,
+        output_dir="/tmp/bench_loss_trl", use_cpu=True, bf16=False, gradient_checkpointing=False,
+        per_device_train_batch_size=micro_batch, gradient_accumulation_steps=samples // micro_batch,
+        num_generations=SAMPLES, max_completion_length=LONGEST, loss_type=loss_type, temperature=temperature,
+        use_bias_correction_kl=False,  # GRPO's k3 as it is; by default TRL multiplies it by the ratio (DeepSeek-V3.2)
+        max_steps=steps, learning_rate=1e-5, lr_scheduler_type="constant", max_grad_norm=0.0 if beta else 1.0,
+        report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     trainer = Given(
         model, reward_funcs=lambda completions, **_: [0.0] * len(completions), args=config, callbacks=[callback],
@@ -283,10 +286,10 @@ def trl_updates():
         times = []
 
         def on_step_begin(self, *_, **__):
-            self.start = time.perf_counter()
+            self.start = time.process_time()
 
         def on_step_end(self, *_, **__):
-            self.times.append(time.perf_counter() - self.start)
+            self.times.append(time.process_time() - self.start)
 
     clock = Clock()
     trl_trainer(random_model(), trl_inputs(), "grpo", 4, clock).train()

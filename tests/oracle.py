@@ -118,7 +118,8 @@ def attribution(length, span, success, success_conditioned=True):
     return mask
 
 
-def _objective(logp, old, ref, group_advantages, weights, masks, counted, clip_low, clip_high, beta, reduction, longest):
+def _objective(logp, old, ref, group_advantages, weights, masks, counted, clip_low, clip_high, beta, reduction,
+               longest):  # fmt: skip
     """The sums that Eqs. 6 and 13 share; `counted` is |o_i| or |Analysis(y_j)|."""
     value, size = 0.0, 0.0
     gradient = [[0.0] * len(tokens) for tokens in logp]

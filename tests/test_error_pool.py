@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from error_pool import ErrorPool, WrongAnswer, after_thinking, correction_prompt, informative, next_stage
 
-taus = st.sampled_from([0.0, 0.05, 0.1, 0.15, 0.16, 0.1875, 0.21, 0.24, 0.25]) | st.integers(0, 2500).map(lambda n: n / 10_000)
+taus = st.sampled_from([0.0, 0.05, 0.1, 0.15, 0.1875, 0.21, 0.25]) | st.integers(0, 2500).map(lambda n: n / 10_000)
 
 
 # ----------------------------------------------------------------------------------- Eq. 7: the variance filter
@@ -77,7 +77,8 @@ def test_all_right_and_all_wrong_groups():
 
 def test_only_what_follows_the_thinking_is_kept():
     p = pool(errors_per_question=9)
-    responses = ["<think>hm</think>\nIt is \\boxed{3}.", "<think>hm", "no tag\\boxed{1}", "prefilled</think>so 4", "<think>x</think> ", "r"]
+    responses = ["<think>hm</think>\nIt is \\boxed{3}.", "<think>hm", "no tag\\boxed{1}", "prefilled</think>so 4",
+                 "<think>x</think> ", "r"]  # fmt: skip
     p.add("q", "a", responses, [0.0] * 5 + [1.0], [True] * 6)
     assert kept(p) == []  # 1 of 6 right is too hard
     p.add("q", "a", responses + ["r"], [0.0] * 5 + [1.0] * 2, [True] * 7)
