@@ -104,6 +104,7 @@ def main():
     parser.add_argument("--models", nargs="+", default=["toy", "100M"], choices=["toy", "100M"])
     parser.add_argument("--repeats", type=int, default=3, help="the fastest counts")
     parser.add_argument("--median", type=int, nargs=2, default=[32, 8], help="response length, for the toy and for 100M")
+    parser.add_argument("--lengths", nargs="+", default=["equal", "spread"], choices=["equal", "spread"])
     arguments = parser.parse_args()
     cuda = torch.cuda.is_available()
     tokenizer = AutoTokenizer.from_pretrained(TOY)
@@ -114,7 +115,7 @@ def main():
         model = AutoModelForCausalLM.from_pretrained(TOY) if name == "toy" else random_model()
         model = model.to("cuda" if cuda else "cpu", torch.bfloat16 if cuda else torch.float32).eval()
         median = arguments.median[name != "toy"]
-        for kind in ("equal", "spread"):
+        for kind in arguments.lengths:
             lengths = spread_lengths(median) if kind == "spread" else torch.full((PROMPTS * SAMPLES,), 2 * median)
             lengths = lengths.to(model.device)
             rate = {}

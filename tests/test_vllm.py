@@ -6,6 +6,7 @@ This file is also what torchrun starts: `worker` below runs in every rank, and p
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,36 @@ def test_the_self_test_without_torchrun():
     command = [sys.executable, "rollout.py", "--selftest", "toy", "--rollout", "vllm"]
     done = subprocess.run(command, cwd=ROOT, env=environment(), text=True, capture_output=True, timeout=900)
     assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith("PASS"), done.stdout + done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("how", ["out of memory", "killed"])
+def test_an_engine_lost_in_mid_generation_ends_every_rank(how, tmp_path):
+    """Training with two ranks; rank 1's engine fails, or dies with its process, at its 60th step of sampling."""
+    driver = tmp_path / "driver.py"
+    driver.write_text(f"""if __name__ == "__main__":
+    import os, signal, sys
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    import torch, vllm.v1.engine.llm_engine as engine, train
+    step, calls = engine.LLMEngine.step, []
+    def failing(self):
+        calls.append(1)
+        if os.environ["RANK"] == "1" and len(calls) == 60:
+            if {how == "killed"}:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise torch.OutOfMemoryError("out of memory, in the test")
+        return step(self)
+    engine.LLMEngine.step = failing
+    train.main(sys.argv[1:])
+""")
+    flags = "--rollout vllm --max_context 512 --questions_per_step 4 --group_size 4 --steps 50 --eval_questions 0 --updates_per_rollout 1"
+    done = torchrun(2, str(driver), *flags.split(), "--pool_trigger", 4, "--output_dir", tmp_path / "out")
+    errors = re.findall(r"error: rank (\d), after step \d+: (.*)", done.stderr)  # may follow a progress bar's line
+    assert done.returncode != 0 and errors, done.stderr[-3000:]
+    if how == "killed":
+        assert errors[0][0] == "0" and errors[0][1].startswith("lost rank 1")
+    else:  # the line may blame a rank that had not noticed yet, the rank's traceback has the cause
+        cause = (tmp_path / "out" / "error_rank_1.txt").read_text()
+        assert "RuntimeError: vLLM engine: OutOfMemoryError: out of memory, in the test\n" in cause
 
 
 @pytest.mark.slow
