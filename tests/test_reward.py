@@ -368,6 +368,8 @@ def test_tokens_that_share_a_character_with_a_header_do_not_belong():
     assert reward.find_correction(tokens, Bytes()) == (3, 5, "\n4")
     tokens = [b"Analysis", b":", b"\n2+2 is 4.\n", b"Corrected Solution: 4"]
     assert reward.find_correction(tokens, Bytes()) == (2, 3, "4")
+    tokens = [b"Analysis:\xc2", b"\xa0", b"x", b"\nCorrected", b" Solution: 4"]  # a no-break space in two halves
+    assert reward.find_correction(tokens, Bytes()) == (2, 3, "4")
     tokens = [b"Analysis: a\nCorrected", b" Solution: 4"]  # well-formed, without a token for the loss
     assert reward.find_correction(tokens, Bytes()) == (1, 1, "4")
 
