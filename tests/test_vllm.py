@@ -138,12 +138,13 @@ def test_an_engine_lost_in_mid_generation_ends_every_rank(how, tmp_path):
     train.main(sys.argv[1:])
 """)
     flags = "--rollout vllm --max_context 512 --questions_per_step 4 --group_size 4 --steps 50 --eval_questions 0 --updates_per_rollout 1"
-    done = torchrun(2, str(driver), *flags.split(), "--pool_trigger", 4, "--output_dir", tmp_path / "out")
+    done = torchrun(2, str(driver), *flags.split(), "--pool_trigger", 4, "--output_dir", tmp_path / "out", timeout=600)
     errors = re.findall(r"error: rank (\d), after step \d+: (.*)", done.stderr)  # may follow a progress bar's line
-    assert done.returncode != 0 and errors, done.stderr[-3000:]
-    if how == "killed":
-        assert errors[0][0] == "0" and errors[0][1].startswith("lost rank 1")
+    assert done.returncode != 0, done.stderr[-3000:]
+    if how == "killed":  # torchrun names it; rank 0 does unless torchrun's SIGTERM came first, while it was sampling
+        assert "exitcode  : -9" in done.stderr and all(cause.startswith("lost rank 1") for _, cause in errors)
     else:  # the line may blame a rank that had not noticed yet, the rank's traceback has the cause
+        assert errors, done.stderr[-3000:]
         cause = (tmp_path / "out" / "error_rank_1.txt").read_text()
         assert "RuntimeError: vLLM engine: OutOfMemoryError: out of memory, in the test\n" in cause
 
