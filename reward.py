@@ -205,7 +205,7 @@ def find_correction(token_ids, tokenizer, span="sections"):
         return None
     headers = ANALYSIS_HEADER, SOLUTION_HEADER
     analysis, solution = (list(header(name).finditer(text[after:])) for name in headers)
-    if len(analysis) != 1 or len(solution) != 1:
+    if len(analysis) != 1 or len(solution) != 1:  # Eq. 11: both, once each
         return None
     begin, stop = after + analysis[0].end(), after + solution[0].start()
     if not any(map(str.isalnum, text[begin:stop])):  # nothing between them, or the wrong way round
@@ -222,7 +222,7 @@ def find_correction(token_ids, tokenizer, span="sections"):
     counts = range(len(token_ids) + 1)
     start = 0 if span == "prefix" else bisect.bisect_left(counts, begin, key=whole)
     end = bisect.bisect_right(counts, stop, key=touched) - 1
-    return start, max(start, end), text[after + solution[0].end():]
+    return start, max(start, end), text[after + solution[0].end():]  # Eq. 12
 
 
 @functools.cache
@@ -552,6 +552,13 @@ def judge(gold, answer):
     return "right" if right else "wrong" if readable else "ungradable"
 
 
+def peak_memory():
+    """Bytes this process has ever held. Not ru_maxrss: on Linux it starts, after exec, with the peak of the trainer."""
+    with contextlib.suppress(OSError), open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    return 0  # no /proc, no Linux: the memory limit alone has to do
+
+
 def work():
     """Read jobs from stdin and write verdicts to stdout until the trainer closes the pipe."""
     import resource
@@ -575,7 +582,7 @@ def work():
         except MemoryError:
             os._exit(1)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 > MEMORY / 2:
+        if peak_memory() > MEMORY / 2:
             os._exit(1)  # SymPy may have swallowed a MemoryError: no verdict from such a worker
         reply(json.dumps(verdict))
 

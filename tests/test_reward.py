@@ -381,3 +381,11 @@ def test_a_long_correction_takes_milliseconds():
     for _ in range(10):
         assert reward.find_correction(tokens, Bytes())
     assert len(tokens) > 20000 and (time.monotonic() - start) / 10 < 0.2
+
+
+def test_a_large_trainer_does_not_make_its_workers_look_large():
+    """On Linux a child's ru_maxrss begins with its parent's peak: every worker of a real trainer would seem too big."""
+    script = ("x = bytearray(900 * 2**20); from reward import Grader\n"
+              "with Grader() as grader: print(grader.verdicts([r'\\boxed{\\frac{2}{4}}'] * 2, ['0.5', '0.25']))")
+    done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.stdout.strip() == "['right', 'wrong']", done.stderr
