@@ -14,7 +14,7 @@ The algorithm (numbers are this project's, README maps each to its line; B quest
         2. stage 1, trial and error: B questions, G responses each, reward R,                 Eq. 1    trial_and_error
            advantage Â relative to the group,                                                 Eq. 2
            wrong responses to informative questions go to the pool E                          Eqs. 7, 8
-        3. stage 2, self-correction: the B oldest errors, G corrections each, reward R',      Eqs. 10, 11  self_correction
+        3. stage 2, self-correction: the B oldest errors, G corrections each, reward R',      Eqs. 10, 11 self_correction
            and m, which lets only the analysis of a successful correction carry gradient      Eq. 12
         4. one or more optimizer steps on the clipped surrogate                               Eqs. 3-6, 13, 14  update
 
@@ -91,49 +91,49 @@ class Config:
     resume: bool = flag(False, "go on from the newest whole checkpoint in output_dir, or start if there is none")
     seed: int = flag(0, "all randomness is a function of (seed, step, question, sample)")
     # The algorithm
-    algorithm: Literal["scrpo", "grpo", "dapo"] = flag("scrpo", "scrpo: both stages; grpo, dapo: stage 1 only, the baselines")
+    algorithm: Literal["scrpo", "grpo", "dapo"] = flag("scrpo", "grpo, dapo: the baselines, stage 1 only")
     steps: int = flag(60, "rollouts, each with its update(s), in either stage (TRL: max_steps)")
     epochs: int = flag(0, "stop after so many passes over the training questions; 0: only `steps` counts")
-    questions_per_step: int = flag(32, "B, questions or errors a step over all ranks (TRL: generation_batch_size / num_generations)")
+    questions_per_step: int = flag(32, "B over all ranks (TRL: generation_batch_size / num_generations)")
     group_size: int = flag(8, "G, samples a question (TRL: num_generations)")
     max_new_tokens: int = flag(160, "longest response; also L_max of Eq. 6's dr_grpo (TRL: max_completion_length)")
     temperature: float = flag(1.0, "of sampling, and of every log-probability (TRL: temperature)")
     updates_per_rollout: int = flag(2, "optimizer steps a rollout is cut into (TRL: steps_per_generation)")
-    scale: Literal["std", "none"] = flag("std", "Eq. 2: divide by the group's std, or not, as Dr. GRPO (TRL: scale_rewards)")
+    scale: Literal["std", "none"] = flag("std", "Eq. 2; none: Dr. GRPO (TRL: scale_rewards)")
     clip_low: float = flag(0.2, "Eq. 5's lower clip; 0.2: GRPO (TRL: epsilon)")
     clip_high: Optional[float] = flag(None, "Eq. 5's upper clip; default 0.2: GRPO, 0.28 with dapo (TRL: epsilon_high)")
-    beta: float = flag(0.0, "Eq. 5's KL weight; DeepSeekMath 0.04, DeepSeek-R1 0.001, DAPO 0: no reference model then (TRL: beta)")
-    reduction: Optional[Literal["grpo", "dapo", "dr_grpo"]] = flag(None, "Eq. 6; default grpo, dapo with dapo (TRL: loss_type)")
+    beta: float = flag(0.0, "Eq. 5's KL weight; DeepSeekMath 0.04, R1 0.001, DAPO 0: no reference model (TRL: beta)")
+    reduction: Optional[Literal["grpo", "dapo", "dr_grpo"]] = flag(None, "Eq. 6; default: as --algorithm (TRL: loss_type)")
     importance_cap: float = flag(2.0, "C of Eq. 14 [ours], 0: off (TRL: vllm_importance_sampling_cap)")
     # Error pool and stage 2
     pool_trigger: int = flag(32, "N of Eq. 9: errors that start stage 2 [ours]")
     min_variance: float = flag(0.15, "tau of Eq. 7, at most 0.25; 0: no filter [0.15 is ours: 2 to 6 right of 8]")
     errors_per_question: int = flag(1, "Eq. 8: wrong responses kept of a group [ours]")
-    train_stages: Literal["both", "1", "2"] = flag("both", "ablation: stages whose samples are trained on; all are sampled")
-    success_conditioned: bool = flag(True, "Eq. 12; off (ablation): failed corrections' analyses carry their negative advantage")
-    credit: Literal["analysis", "response"] = flag("analysis", "Eq. 12; response (ablation): every token of a correction")
-    analysis_span: Literal["sections", "prefix"] = flag("sections", "Eq. 12; prefix: all before `Corrected Solution` [ours]")
+    train_stages: Literal["both", "1", "2"] = flag("both", "ablation: which are trained; both are sampled")
+    success_conditioned: bool = flag(True, "Eq. 12; off (ablation): failed analyses carry their negative Â")
+    credit: Literal["analysis", "response"] = flag("analysis", "Eq. 12; response (ablation): every token")
+    analysis_span: Literal["sections", "prefix"] = flag("sections", "Eq. 12; prefix: all before the solution")
     # DAPO's own
-    dynamic_sampling: Optional[int] = flag(None, "rounds of replacing groups of equal rewards; default 1: none, 4 with dapo [4: ours]")
-    overlong_cache: Optional[int] = flag(None, "C of Eq. 15; 0: off; default 0, max_new_tokens / 5 with dapo, as 4k of 20k")
+    dynamic_sampling: Optional[int] = flag(None, "rounds of drawing anew for equal groups; default 1, dapo 4 [ours]")
+    overlong_cache: Optional[int] = flag(None, "C of Eq. 15; default 0: off; dapo: max_new_tokens / 5, as 4k of 20k")
     # Optimizer
     learning_rate: float = flag(5e-4, "5e-4 suits the toy; 1e-6 is usual for 1.5B and 7B (TRL: learning_rate)")
-    schedule: Literal["constant", "cosine"] = flag("cosine", "after the warm-up; cosine, as open-rs: to 0 at the last step (TRL: lr_scheduler_type)")
+    schedule: Literal["constant", "cosine"] = flag("cosine", "after warm-up; as open-rs (TRL: lr_scheduler_type)")
     warmup_steps: int = flag(0, "steps of linear warm-up; DAPO 20 (TRL: warmup_steps)")
     weight_decay: float = flag(0.0, "AdamW's, on matrices only (TRL: weight_decay)")
     max_grad_norm: float = flag(1.0, "global norm to which gradients are clipped (TRL: max_grad_norm)")
     # Machine
-    rollout: Literal["auto", "vllm", "transformers"] = flag("auto", "engine; auto: vLLM if installed and there is a GPU (TRL: use_vllm)")
-    precision: Literal["auto", "fp32", "bf16"] = flag("auto", "compute; masters are fp32 in any case; auto: bf16 on a GPU (TRL: bf16)")
-    micro_batch_tokens: int = flag(16384, "padded tokens of one forward pass (TRL: per_device_train_batch_size, in samples)")
+    rollout: Literal["auto", "vllm", "transformers"] = flag("auto", "auto: vLLM if there is a GPU (TRL: use_vllm)")
+    precision: Literal["auto", "fp32", "bf16"] = flag("auto", "of compute; masters are fp32 (TRL: bf16)")
+    micro_batch_tokens: int = flag(16384, "padded tokens of a forward pass (TRL: per_device_train_batch_size)")
     logprob_chunk: int = flag(1024, "positions whose logits exist at the same time")
-    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass (TRL: gradient_checkpointing)")
-    max_context: Optional[int] = flag(None, "longest prompt + response; default: the model's (TRL: vllm_max_model_length)")
+    gradient_checkpointing: bool = flag(False, "recompute activations (TRL: gradient_checkpointing)")
+    max_context: Optional[int] = flag(None, "of prompt + response; default: the model's (TRL: vllm_max_model_length)")
     memory_share: float = flag(0.3, "share of GPU memory that vLLM may use (TRL: vllm_gpu_memory_utilization)")
     grader_workers: int = flag(2, "grading processes a rank")
     # What is written, and when
-    eval_every: int = flag(20, "steps between evaluations; before and after are always measured; 0: only these (TRL: eval_steps)")
-    eval_questions: int = flag(512, "held-out problems of an evaluation, from the top of the file; 0: no evaluation at all")
+    eval_every: int = flag(20, "steps between evaluations; before and after are measured anyway (TRL: eval_steps)")
+    eval_questions: int = flag(512, "held-out problems of an evaluation, from the file's top; 0: none at all")
     save_every: int = flag(20, "steps between checkpoints; one is written at the end too (TRL: save_steps)")
     keep_checkpoints: int = flag(2, "newest checkpoints kept (TRL: save_total_limit)")
     samples_per_step: int = flag(16, "samples a step written to samples.jsonl; -1: all")
@@ -148,13 +148,14 @@ LEAST = {  # the smallest value that makes sense
     "eval_every": 0, "eval_questions": 0, "save_every": 1, "keep_checkpoints": 1, "seed": 0,
 }
 # Fields that may differ between a run and its resumption: they do not change what is computed.
-FREE = ("output_dir", "resume", "steps", "epochs", "eval_every", "save_every", "keep_checkpoints", "samples_per_step", "wandb")
+FREE = ("output_dir", "resume", "steps", "epochs", "eval_every", "save_every", "keep_checkpoints", "samples_per_step",
+        "wandb")
 
 
 def parse(arguments: list[str]) -> Config:
     """The command line, after an optional YAML file of defaults. Ends the process with one line if it is wrong."""
     parser = HfArgumentParser(Config, allow_abbrev=False, description=Config.__doc__)
-    parser.error = lambda message: fail(f"{message}; see train.py --help")  # argparse would print its usage on every rank
+    parser.error = lambda message: fail(f"{message}; see train.py --help")  # else usage is printed on every rank
     if arguments and arguments[0].endswith((".yaml", ".yml")):
         settings_file, *arguments = arguments
         try:
@@ -166,7 +167,7 @@ def parse(arguments: list[str]) -> Config:
             wrong = sorted(set(settings) - known) if isinstance(settings, dict) else "the whole file"
             fail(f"{settings_file}: no such setting: {wrong}; `name: value` lines, names as in train.py --help")
         arguments = [f"--{name}={value}" for name, value in settings.items()] + arguments
-    (config, unknown) = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True, look_for_args_file=False)
+    config, unknown = parser.parse_args_into_dataclasses(arguments, True, look_for_args_file=False)
     if unknown:
         fail(f"unknown argument {unknown[0]}; see train.py --help")
     try:
@@ -192,10 +193,10 @@ def check(config: Config) -> None:
     for wrong, message in (
         (c.pool_trigger < c.questions_per_step, f"--pool_trigger {c.pool_trigger} is less than --questions_per_step "
          f"{c.questions_per_step}: stage 2 would end before it began; raise the one or lower the other"),
-        (c.min_variance > 0.25, f"--min_variance {c.min_variance}: 0/1 rewards have a variance of at most 0.25, so nothing "
-         "would be informative; choose 0 to 0.25"),
-        (c.algorithm != "scrpo" and c.train_stages == "2", f"--train_stages 2 contradicts --algorithm {c.algorithm}, which "
-         "has no stage 2; leave one of them out"),
+        (c.min_variance > 0.25, f"--min_variance {c.min_variance}: 0/1 rewards have a variance of at most 0.25, so "
+         "nothing would be informative; choose 0 to 0.25"),
+        (c.algorithm != "scrpo" and c.train_stages == "2", f"--train_stages 2 contradicts --algorithm {c.algorithm}, "
+         "which has no stage 2; leave one of them out"),
         (c.questions_per_step % c.updates_per_rollout, f"--updates_per_rollout {c.updates_per_rollout} does not divide "
          f"--questions_per_step {c.questions_per_step}; choose a divisor"),
         (c.temperature == 0, "--temperature 0: training samples, so it must be above 0"),
@@ -297,7 +298,8 @@ def draw_questions(run, step: int) -> tuple[list[Group], int]:
     B, rounds = run.config.questions_per_step, run.config.dynamic_sampling
     kept, equal = [], []
     for attempt in range(rounds):
-        problems = [run.problems[q] for q in question_order(run.config.seed, len(run.problems), run.state.questions, B - len(kept))]
+        order = question_order(run.config.seed, len(run.problems), run.state.questions, B - len(kept))
+        problems = [run.problems[q] for q in order]
         run.state.questions += len(problems)
         tasks = [(p.problem, p.answer, render(run.tokenizer, solution_prompt(p.problem))) for p in problems]
         for group in sample_groups(run, step, tasks, stage=1, offset=attempt * B):
@@ -357,8 +359,10 @@ def sample_groups(run, step: int, tasks: list, stage: int, offset: int = 0) -> l
 
 def grade_samples(run, tasks: list, samples: list[list[Sample]], stage: int) -> list[Group]:
     """R of Eq. 1 in stage 1; R' and the span of the analysis (Eqs. 11, 12) in stage 2."""
-    span = run.config.analysis_span
-    found = [[find_correction(s.token_ids, run.tokenizer, span) if stage == 2 else None for s in row] for row in samples]
+    def sections(sample: Sample):
+        return find_correction(sample.token_ids, run.tokenizer, run.config.analysis_span) if stage == 2 else None
+
+    found = [[sections(sample) for sample in row] for row in samples]
     spans = [[correction and correction[:2] for correction in row] for row in found]
     if stage == 1:
         texts = [sample.text for row in samples for sample in row]
@@ -420,7 +424,7 @@ class MasterAdamW:
         mine = {i: p for i, p in enumerate(self.params) if self.owner[i] == rank}
         # From the weights as they were stored, before they are rounded to bf16.
         self.masters = {i: p.detach().to(torch.float32, copy=True) if self.bf16 else p for i, p in mine.items()}
-        for p in model.parameters():  # not model.to(dtype): it would round the rotary frequencies too, and turn late positions
+        for p in model.parameters():  # not model.to(dtype): rounded rotary frequencies would turn late positions
             p.data = p.data.to(dtype)
         decayed = [m for m in self.masters.values() if m.dim() >= 2]
         plain = [m for m in self.masters.values() if m.dim() < 2]
@@ -435,8 +439,9 @@ class MasterAdamW:
         added. fp32: the gradients add up where they are."""
         if self.bf16:
             for i, master in self.masters.items():
-                master.grad = self.params[i].grad.float() if master.grad is None else master.grad.add_(self.params[i].grad)
-            for p in self.params:  # not zero_(): DDP moves to new buckets once, and must not find the old ones still held
+                grad = self.params[i].grad
+                master.grad = grad.float() if master.grad is None else master.grad.add_(grad)
+            for p in self.params:  # not zero_(): DDP moves to new buckets once, and must not find the old ones held
                 p.grad = None
 
     @torch.no_grad()
@@ -540,7 +545,8 @@ def update(run, step: int, groups: int, examples: list[Example]) -> dict:
         denominator = step_denominator([e.counted for e in minibatch], config.reduction, config.max_new_tokens)
         running = [e for e in minibatch if carries_gradient(int(e.mask.sum()), e.advantage, config.beta)]
         hand = deal([len(e.ids) for e in running], run.world, config.micro_batch_tokens)[run.rank]
-        minibatches.append((denominator, [collate([running[i] for i in part], run.device) if part else None for part in hand]))
+        batches = [collate([running[i] for i in part], run.device) if part else None for part in hand]
+        minibatches.append((denominator, batches))
     # pi_old is the policy at the rollout. The first optimizer step has it for nothing; before the later ones the
     # weights will have moved, so they get theirs now.
     with torch.no_grad():
@@ -570,7 +576,7 @@ def update(run, step: int, groups: int, examples: list[Example]) -> dict:
             run.state.nonfinite_in_a_row += 1
             if run.state.nonfinite_in_a_row == 3:
                 break  # `alarm` ends the run
-    torch.cuda.empty_cache()  # vLLM wakes past torch's allocator, and cannot use what that keeps; nothing happens on a CPU
+    torch.cuda.empty_cache()  # vLLM wakes past torch's allocator, and cannot use what that keeps; on a CPU, nothing
     return average(totals, gather([totals]), config)
 
 
@@ -582,7 +588,8 @@ def anchor(run) -> torch.Tensor:
 
 def average(mine: Counter, ranks: list[Counter], config: Config) -> dict:
     """Sums over all ranks' loss tokens -> the step's metrics; None where nothing was trained on."""
-    total = {name: sum(rank[name] for rank in ranks) for name in ("tokens", "clipped", "kl", "entropy", "gap", "capped", "loss")}
+    names = ("tokens", "clipped", "kl", "entropy", "gap", "capped", "loss")
+    total = {name: sum(rank[name] for rank in ranks) for name in names}
     n, updates = total["tokens"], mine["updates"] - mine["nonfinite"]
     per_token = {"clip_fraction": "clipped", "entropy": "entropy", "logp_gap": "gap", "capped_fraction": "capped"}
     if config.beta:
@@ -684,7 +691,7 @@ def train(run: Run) -> None:
     config, state = run.config, run.state
     if state.step == 0:
         record(run, {"step": 0, **evaluate_policy(run)}, [])
-    bar = tqdm(total=config.steps, initial=state.step, disable=run.rank != 0, desc="ScRPO" if run.pool else config.algorithm, unit="step")
+    bar = tqdm(total=config.steps, initial=state.step, disable=run.rank != 0, desc=config.algorithm, unit="step")
     for step in range(state.step + 1, config.steps + 1):
         started, tokens, run.seconds = time.perf_counter(), state.tokens, Counter()
         run.boundary = boundary(run)
@@ -733,12 +740,13 @@ def alarm(run: Run, metrics: dict) -> None:
     """Loud words about numbers that are silently wrong, and the end of a run that is beyond help."""
     gap, limit = metrics.get("logp_gap"), 0.05 if run.optimizer.bf16 else 0.002
     if gap is not None and gap > limit:
-        warn(f"step {run.state.step}: engine and trainer disagree by {gap:.3g} in log p on average (expected below {limit}). "
-             "Usually the engine samples with stale weights, or at another temperature; try rollout.py --selftest")
+        warn(f"step {run.state.step}: engine and trainer disagree by {gap:.3g} in log p on average (expected: below "
+             f"{limit}). Usually the engine has stale weights, or another temperature; try rollout.py --selftest")
     if run.state.nonfinite_in_a_row >= 3:
         raise FloatingPointError(
-            f"step {run.state.step}, stage {run.state.stage}: the gradient was not finite {run.state.nonfinite_in_a_row} "
-            f"times in a row; no such step was taken. The step's samples are in {run.output / 'nonfinite.jsonl'}"
+            f"step {run.state.step}, stage {run.state.stage}: the gradient was not finite "
+            f"{run.state.nonfinite_in_a_row} times in a row; no such step was taken. The samples are in "
+            f"{run.output / 'nonfinite.jsonl'}"
         )
 
 
@@ -751,14 +759,15 @@ def evaluate_policy(run: Run) -> dict:
     with run.clock("evaluation"):
         run.engine.wake()
         run.engine.update_weights(run.model)
-        how = {"temperature": config.temperature, "top_p": 1.0, "max_new_tokens": config.max_new_tokens, "seed": config.seed}
+        how = {"temperature": config.temperature, "top_p": 1.0, "max_new_tokens": config.max_new_tokens,
+               "seed": config.seed}
         with run.bar("evaluation", len(problems) // run.world) as bar:
             answers = sample_answers(run.engine, run.tokenizer, problems, run.grader, k=1, progress=bar.update, **how)
         wrong = [r for r in answers if r["verdict"] != "right"]
         corrections = sample_corrections(run.engine, run.tokenizer, wrong, run.grader, k=1, **how)
         run.engine.sleep()
-    (mean, error), (corrected, corrected_error) = accuracy(answers), accuracy(corrections)
-    return {"eval_accuracy": mean, "eval_accuracy_se": error, "eval_correction": corrected, "eval_correction_se": corrected_error}
+    figures = (*accuracy(answers), *accuracy(corrections))
+    return dict(zip(("eval_accuracy", "eval_accuracy_se", "eval_correction", "eval_correction_se"), figures))
 
 
 # ================================================================================================== 5. what one sees
@@ -777,7 +786,8 @@ def record(run: Run, metrics: dict, groups: list[Group]) -> None:
             "mean_length": float(np.mean([len(sample.token_ids) for sample in samples])),
             **{name: sum(group.verdicts.count(name) for group in groups) for name in ("right", "wrong", "ungradable")},
         }
-    peak = torch.cuda.max_memory_allocated() if run.device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    on_gpu = run.device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     metrics |= {
         "pool_size": len(run.pool) if run.pool is not None else None,
         "visits": state.visits, "dropped_errors": state.dropped_errors, "questions": state.questions,
@@ -788,8 +798,9 @@ def record(run: Run, metrics: dict, groups: list[Group]) -> None:
     append(run.output / "metrics.jsonl", [metrics])
     kept = len(samples) if config.samples_per_step < 0 else config.samples_per_step
     lines = [
-        {"step": state.step, "stage": state.stage, "problem": g.problem, "answer": g.answer, "prompt": run.tokenizer.decode(g.prompt),
-         "response": s.text, "verdict": verdict, "finished": s.finished, "analysis": span}
+        {"step": state.step, "stage": state.stage, "problem": g.problem, "answer": g.answer,
+         "prompt": run.tokenizer.decode(g.prompt), "response": s.text, "verdict": verdict, "finished": s.finished,
+         "analysis": span}
         for g in groups for s, verdict, span in zip(g.samples, g.verdicts, g.spans)
     ]
     append(run.output / "samples.jsonl", lines[:kept])
@@ -810,7 +821,8 @@ def show_progress(bar, run: Run, metrics: dict) -> None:
     name, value = ("acc", "accuracy") if run.state.stage == 1 else ("corrected", "correction_success")
     pool = f"{len(run.pool)}/{run.config.pool_trigger}" if run.pool is not None else "-"
     share = f"{metrics[value]:.2f}" if metrics[value] is not None else "-"
-    bar.set_postfix_str(f"stage {run.state.stage}, {name} {share}, pool {pool}, {metrics['tokens_per_second']:,.0f} tok/s")
+    speed = f"{metrics['tokens_per_second']:,.0f} tok/s"
+    bar.set_postfix_str(f"stage {run.state.stage}, {name} {share}, pool {pool}, {speed}")
     bar.update()
 
 
@@ -824,8 +836,8 @@ def show_correction(run: Run, groups: list[Group], examples: list[Example]) -> N
     ids = group.prompt + next(s.token_ids for s in group.samples if (group.prompt + s.token_ids)[:end] == chosen.ids)
     on, off = ("\033[30;42m", "\033[0m") if sys.stdout.isatty() else (">>>", "<<<")
     run.say(
-        f"\n--- stage 2, visit {run.state.visits}: a prompt and one correction, Â' = {chosen.advantage:.2f}; what carries gradient "
-        f"stands between {on} and {off}\n{decode(ids[:prompt])}\n---\n"
+        f"\n--- stage 2, visit {run.state.visits}: a prompt and one correction, Â' = {chosen.advantage:.2f}; what carries "
+        f"gradient stands between {on} and {off}\n{decode(ids[:prompt])}\n---\n"
         f"{decode(ids[prompt:start])}{on}{decode(ids[start:end])}{off}{decode(ids[end:])}\n---"
     )
 
@@ -843,7 +855,8 @@ def summary(run: Run) -> None:
     if measured:
         run.say(f"{'held-out problems':<28}{'before':>16}{'after':>16}")
         for name, key in (("answered right", "eval_accuracy"), ("own errors corrected", "eval_correction")):
-            cells = [f"{m[key]:.3f} ± {m[key + '_se'] or 0:.3f}" if m[key] is not None else "-" for m in (measured[0], measured[-1])]
+            ends = ((m[key], m[key + "_se"]) for m in (measured[0], measured[-1]))
+            cells = ["-" if mean is None else f"{mean:.3f} ± {error or 0:.3f}" for mean, error in ends]
             run.say(f"{name:<28}{cells[0]:>16}{cells[1]:>16}")
     total = sum(spent.values())
     run.say("time: " + ", ".join(f"{part} {s:.0f} s ({100 * s / total:.0f} %)" for part, s in spent.most_common()))
@@ -919,7 +932,7 @@ def prune_checkpoints(run: Run) -> None:
 
 def remove_shards(run: Run, folders: list[Path]) -> None:
     for folder in folders:
-        for file in sorted(folder.glob(f"rank_{run.rank}.*"), reverse=True):  # the digest first: half removed is not whole
+        for file in sorted(folder.glob(f"rank_{run.rank}.*"), reverse=True):  # first the digest: half is not whole
             file.unlink()
         with suppress(OSError):  # another rank's files are still in it
             folder.rmdir()
@@ -950,8 +963,8 @@ def load_checkpoint(run: Run) -> bool:
     common = set.intersection(*map(set, found))
     if not common:
         if any(found):
-            warn(f"no checkpoint in {run.output} is whole on every rank, so the run starts from its beginning; on separate "
-                 "disks each node must get the ranks that it had")
+            warn(f"no checkpoint in {run.output} is whole on every rank, so the run starts from its beginning; on "
+                 "separate disks each node must get the ranks that it had")
         return False
     # Later steps are done again; a shard written then and one of now must not be taken for one checkpoint.
     remove_shards(run, [f for f in (run.output / "checkpoints").glob("step_*") if f > whole[max(common)].parent])
@@ -1003,7 +1016,8 @@ def claim_output(run: Run) -> None:
     runs = sorted((HERE / "runs").glob("[0-9]*"))
     if config.output_dir is None and restart:
         # On separate disks only rank 0's node has settings.json, and only rank 0's answer counts.
-        mine = [r for r in runs if (r / "settings.json").exists() and json.loads((r / "settings.json").read_text())["launch"] == launch]
+        known = [file for file in (r / "settings.json" for r in runs) if file.exists()]
+        mine = [file.parent for file in known if json.loads(file.read_text())["launch"] == launch]
         config.output_dir = str(mine[-1]) if mine else None
     if config.output_dir is None:
         config.output_dir = str(HERE / "runs" / f"{int(runs[-1].name) + 1 if runs else 1:03d}")
@@ -1015,16 +1029,16 @@ def claim_output(run: Run) -> None:
             saved = json.loads(path.read_text())
             free = {*FREE, "launch"} - ({"steps"} if config.schedule == "cosine" else set())
             changed = [name for name in saved if name not in free and saved[name] != settings.get(name)]
-            if not (config.resume or (restart and saved["launch"] == launch)):  # a restart may find a run that was refused
-                error = f"--output_dir {run.output} already holds a run; add --resume to go on with it, or name another folder"
+            if not (config.resume or (restart and saved["launch"] == launch)):  # a restart may find a refused run
+                error = f"--output_dir {run.output} already holds a run; add --resume to go on, or name another folder"
             elif changed:
-                error = (f"--resume with another {changed[0]} ({saved[changed[0]]} in {path}, now {settings.get(changed[0])}) "
-                         "would be another run; put it back, or choose another --output_dir")
+                error = (f"--resume with another {changed[0]} ({saved[changed[0]]} in {path}, now "
+                         f"{settings.get(changed[0])}) would be another run; put it back, or choose another --output_dir")
         elif (run.output / "metrics.jsonl").exists():
             error = f"--output_dir {run.output} holds metrics.jsonl but no settings.json; choose another folder"
-        elif run.rank == 0 and (run.output / "checkpoints").exists():  # on separate disks, with the nodes in another order
-            error = (f"--output_dir {run.output} holds another rank's checkpoints and no settings.json: rank 0 must be on the node "
-                     "it was on; torchrun --node_rank with a static rendezvous fixes the order")
+        elif run.rank == 0 and (run.output / "checkpoints").exists():  # separate disks, nodes in another order
+            error = (f"--output_dir {run.output} holds another rank's checkpoints and no settings.json: rank 0 must be on "
+                     "the node it was on; torchrun --node_rank with a static rendezvous fixes the order")
         agree(error)  # and only then does anybody write
         run.output.mkdir(parents=True, exist_ok=True)
         if run.rank == 0:
@@ -1043,7 +1057,8 @@ def load_all(run: Run) -> None:
         run.model = AutoModelForCausalLM.from_pretrained(config.model, dtype="auto").to(run.device)
     except Exception as error:  # OSError, ValueError, SafetensorError: loaders have no common class
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"--model {config.model}: no model can be loaded from there ({first}); name a folder or a hub id") from error
+        raise ValueError(f"--model {config.model}: no model can be loaded from there ({first}); name a folder or a hub "
+                         "id") from error
     for module in run.model.modules():  # with dropout pi_theta would be a random function, and the ratio never 1
         for name in ("p", "dropout", "attention_dropout"):
             if isinstance(getattr(module, name, None), float):
@@ -1060,11 +1075,12 @@ def fitting_problems(run: Run) -> None:
         prompt = render(run.tokenizer, solution_prompt(problem.problem))
         (kept if fits(prompt, config.max_new_tokens, run.engine.max_context) else too_long).append(problem)
     if too_long:
-        warn(f"{len(too_long)} of {len(run.problems)} problems of {config.train_data} left out: prompt and --max_new_tokens "
-             f"{config.max_new_tokens} exceed the context of {run.engine.max_context} tokens; the first: {too_long[0].source}")
+        warn(f"{len(too_long)} of {len(run.problems)} problems of {config.train_data} left out: prompt and "
+             f"--max_new_tokens {config.max_new_tokens} exceed the context of {run.engine.max_context} tokens; the first: "
+             f"{too_long[0].source}")
     if not kept:
-        raise ValueError(f"--train_data {config.train_data}: no prompt fits the context of {run.engine.max_context} tokens with "
-                         f"--max_new_tokens {config.max_new_tokens}; lower it, or raise --max_context")
+        raise ValueError(f"--train_data {config.train_data}: no prompt fits the context of {run.engine.max_context} tokens "
+                         f"with --max_new_tokens {config.max_new_tokens}; lower it, or raise --max_context")
     run.problems = kept
 
 
@@ -1088,8 +1104,8 @@ def set_up(config: Config) -> Run:
     bf16 = config.precision == "bf16" or (config.precision == "auto" and run.device.type == "cuda")
     dtype = torch.bfloat16 if bf16 else torch.float32
     if config.beta:
-        reference = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype).to(run.device).eval().requires_grad_(False)
-        run.reference = Policy(reference, config.temperature, config.logprob_chunk)
+        reference = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype).to(run.device).eval()
+        run.reference = Policy(reference.requires_grad_(False), config.temperature, config.logprob_chunk)
     else:
         run.reference = None  # pi_ref is not even loaded
     run.optimizer = MasterAdamW(run.model, dtype, config, run.rank, run.world)
@@ -1119,14 +1135,15 @@ def introduce(run: Run, resumed: bool) -> None:
     run.say(
         f"{config.algorithm}: {config.model} ({million:.1f} M parameters, {'bf16' if run.optimizer.bf16 else 'fp32'}), "
         f"{len(run.problems):,} questions, {run.world} rank(s) on {run.device.type}, {run.engine.name} engine\n"
-        f"{config.steps} steps of {config.questions_per_step} x {config.group_size} samples; stage 2 when {config.pool_trigger} errors "
-        f"wait\nwriting to {run.output}\n--- stage 1: the first prompt\n"
+        f"{config.steps} steps of {config.questions_per_step} x {config.group_size} samples; stage 2 when "
+        f"{config.pool_trigger} errors wait\nwriting to {run.output}\n--- stage 1: the first prompt\n"
         f"{run.tokenizer.decode(render(run.tokenizer, solution_prompt(run.problems[0].problem)))}\n---"
     )
     if resumed:
-        run.say(f"resumed after step {run.state.step}, in stage {run.state.stage}, with {len(run.pool or ())} errors waiting")
+        waiting = len(run.pool or ())
+        run.say(f"resumed after step {run.state.step}, in stage {run.state.stage}, with {waiting} errors waiting")
     if million > 100 and config.learning_rate > 2e-5:
-        warn(f"--learning_rate {config.learning_rate} suits the toy; a model of {million:,.0f} M parameters is usually trained at 1e-6")
+        warn(f"--learning_rate {config.learning_rate} suits the toy; {million:,.0f} M parameters usually get 1e-6")
 
 
 def leave(run: Run, error: Exception) -> None:
@@ -1151,7 +1168,8 @@ def leave(run: Run, error: Exception) -> None:
         code, traceback_file = 1, run.output / f"error_rank_{run.rank}.txt"
         with suppress(OSError):
             traceback_file.write_text("".join(traceback.format_exception(error)))
-        cause = f"lost rank {', '.join(map(str, lost))}" if lost else " ".join(f"{type(error).__name__}: {error}".split())
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        cause = f"lost rank {', '.join(map(str, lost))}" if lost else cause
         print(f"error: rank {run.rank}, after step {run.state.step}: {cause[:300]} (traceback: {traceback_file}); "
               "--resume goes on from the last whole checkpoint", file=sys.stderr)
     sys.stdout.flush(), sys.stderr.flush()
