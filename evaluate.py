@@ -238,7 +238,8 @@ def sample_corrections(engine, tokenizer, records, grader, *, k=1, seed, **sampl
     corrections, solutions = [], []
     for (first, _), group in zip(mine, groups):
         for response in group:
-            found = find_correction(response["token_ids"], tokenizer)
+            closed = after_thinking(response["response"])  # a template's own <think> is not among the ids
+            found = find_correction(response["token_ids"], tokenizer) if closed else None
             solutions.append(found[2] if found else "")  # Eq. 11: without its sections a correction is wrong
             corrections.append({
                 "question": first["question"], "first_sample": first["sample"], **response,

@@ -63,7 +63,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
-from error_pool import ErrorPool, correction_prompt, next_stage
+from error_pool import ErrorPool, after_thinking, correction_prompt, next_stage
 from evaluate import accuracy, fail, flag, gather, sample_answers, sample_corrections, start_distributed, warn
 from loss import (analysis_mask, carries_gradient, deal, group_advantages, importance_weights, overlong_punishment,
                   policy_loss, step_denominator, token_logprobs)
@@ -360,7 +360,9 @@ def sample_groups(run, step: int, tasks: list, stage: int, offset: int = 0) -> l
 def grade_samples(run, tasks: list, samples: list[list[Sample]], stage: int) -> list[Group]:
     """R of Eq. 1 in stage 1; R' and the span of the analysis (Eqs. 11, 12) in stage 2."""
     def sections(sample: Sample):
-        return find_correction(sample.token_ids, run.tokenizer, run.config.analysis_span) if stage == 2 else None
+        if stage == 1 or not after_thinking(sample.text):  # thinking that never closed holds no correction
+            return None
+        return find_correction(sample.token_ids, run.tokenizer, run.config.analysis_span)
 
     found = [[sections(sample) for sample in row] for row in samples]
     spans = [[correction and correction[:2] for correction in row] for row in found]
