@@ -1,6 +1,7 @@
 """loss.py against tests/oracle.py, against plain log_softmax, and train.py's update under every split of a step."""
 
 import copy
+import itertools
 import math
 import os
 import sys
@@ -500,6 +501,12 @@ def test_deal(lengths, ranks, budget):
     assert max(loads) - min(loads) <= max(lengths, default=0)
 
 
+def test_deal_goes_back_and_forth():
+    """Always in the same direction, the first rank would get the longest of every lap."""
+    for hand in loss.deal(list(range(1, 17)), ranks=4, budget=1):
+        assert sum(i + 1 for part in hand for i in part) == 34
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_deal_pads_little(seed):
     rng = np.random.default_rng(seed)
@@ -519,6 +526,11 @@ def test_what_carries_no_gradient_may_be_left_out(step):
     for i, row in enumerate(mask_of(step).bool()):
         if not loss.carries_gradient(int(row.sum()), step["advantages"][i], step["knobs"]["beta"]):
             assert gradient[i].abs().max() <= 1e-12
+
+
+def test_exactly_the_samples_with_a_gradient_are_run():
+    run = [x for x in itertools.product([0, 3], [-0.5, 0.0, 1.5], [0.0, 0.04]) if loss.carries_gradient(*x)]
+    assert run == [(3, -0.5, 0.0), (3, -0.5, 0.04), (3, 0.0, 0.04), (3, 1.5, 0.0), (3, 1.5, 0.04)]
 
 
 # --------------------------------------------------- one optimizer step, split over ranks and micro-batches
