@@ -634,8 +634,8 @@ class State:
     nonfinite_in_a_row: int = 0
 
 
-class Preempted(Exception):
-    """SIGTERM came while samples were drawn."""
+class Preempted(BaseException):
+    """SIGTERM came while samples were drawn. No Exception: an engine that catches those must let it through."""
 
 
 class Run:
@@ -1148,11 +1148,11 @@ def introduce(run: Run, resumed: bool) -> None:
         warn(f"--learning_rate {config.learning_rate} suits the toy; {million:,.0f} M parameters usually get 1e-6")
 
 
-def leave(run: Run, error: Exception) -> None:
+def leave(run: Run, error: BaseException) -> None:
     """Ends this rank by itself: another may have died or left, so nothing here is collective and no destructor runs.
 
-    Where the weights are still those of the last boundary, it is saved first. Then one line about the cause;
-    if that is another rank's death, its number: ranks still alive sign in torchrun's store, which outlives them.
+    Where the weights are still those of the last boundary, it is saved first. Then one line about the cause: our own,
+    or, if a collective failed, which rank was lost: those alive sign in torchrun's store, which outlives them.
     """
     run.sampling = False  # a SIGTERM that comes only now interrupts nothing
     if run.boundary and not isinstance(error, OSError):
@@ -1161,7 +1161,7 @@ def leave(run: Run, error: Exception) -> None:
     store, code, lost = dist.distributed_c10d._get_default_store(), 0, []
     try:
         store.set(f"alive_{run.rank}", "")
-        if not isinstance(error, Preempted):
+        if any("torch/distributed" in frame.filename for frame in traceback.extract_tb(error.__traceback__)):
             time.sleep(2)
             lost = [rank for rank in range(run.world) if not store.check([f"alive_{rank}"])]
     except RuntimeError:  # without torchrun the store is rank 0's, and gone with it
