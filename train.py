@@ -1159,9 +1159,10 @@ def leave(run: Run, error: BaseException) -> None:
         with suppress(OSError):
             save_checkpoint(run, run.boundary)
     store, code, lost = dist.distributed_c10d._get_default_store(), 0, []
+    told = "".join(traceback.format_exception(error))
     try:
         store.set(f"alive_{run.rank}", "")
-        if any("torch/distributed" in frame.filename for frame in traceback.extract_tb(error.__traceback__)):
+        if "torch/distributed" in told or "gloo" in told or "NCCL" in told:  # a collective failed, DDP's own included
             time.sleep(2)
             lost = [rank for rank in range(run.world) if not store.check([f"alive_{rank}"])]
     except RuntimeError:  # without torchrun the store is rank 0's, and gone with it
@@ -1169,7 +1170,7 @@ def leave(run: Run, error: BaseException) -> None:
     if not isinstance(error, Preempted) and (lost or not run.stop):  # else all got SIGTERM, and some left before us
         code, traceback_file = 1, run.output / f"error_rank_{run.rank}.txt"
         with suppress(OSError):
-            traceback_file.write_text("".join(traceback.format_exception(error)))
+            traceback_file.write_text(told)
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         cause = f"lost rank {', '.join(map(str, lost))}" if lost else cause
         print(f"error: rank {run.rank}, after step {run.state.step}: {cause[:300]} (traceback: {traceback_file}); "
