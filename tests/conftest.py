@@ -1,10 +1,12 @@
 """What several test files need: training runs, in this process or under torchrun, and a look at what they wrote."""
 
+import functools
 import io
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout, suppress
@@ -16,9 +18,13 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+import reward
+from reward import Grader
+
 ROOT = Path(__file__).resolve().parents[1]
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-TINY = "--questions_per_step 8 --pool_trigger 8 --steps 6 --save_every 3 --eval_questions 0 --schedule constant".split()
+PATIENCE = 600  # seconds for a grading: runs are compared bit for bit, and a busy machine must not change a verdict
+TINY = "--questions_per_step 8 --pool_trigger 8 --steps 6 --save_every 3 --eval_questions 0 --schedule constant --grader_workers 1".split()
 
 
 @dataclass
@@ -82,6 +88,8 @@ def launch():
         handler, out, err, code = signal.getsignal(signal.SIGTERM), io.StringIO(), io.StringIO(), 0
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
             patch.setattr(os, "_exit", ended)
+            patch.setattr(reward, "START", PATIENCE)
+            patch.setattr(train, "Grader", functools.partial(Grader, deadline=PATIENCE))
             try:
                 train.main([str(flag) for flag in (*settings, *TINY * tiny, *where, *flags)])
             except SystemExit as end:
@@ -95,6 +103,94 @@ def launch():
         return Result(code, out.getvalue(), err.getvalue(), Path(folder) if folder is not None else None)
 
     return main
+
+
+SERVER = f"PATIENCE = {PATIENCE}" + """
+import functools, json, os, sys, traceback
+import reward, torch, train
+
+reward.START, train.Grader = PATIENCE, functools.partial(reward.Grader, deadline=PATIENCE)
+
+for line in sys.stdin:
+    job, ranks, environment = json.loads(line), [], {}
+    if not job["port"]:  # the store is the parent's, as under torchrun, and outlives the ranks
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        environment = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    for rank in range(job["ranks"]):
+        ranks.append(os.fork())
+        if ranks[-1] == 0:
+            os.setsid()
+            for stream, name in ((1, "out"), (2, "err")):
+                os.dup2(os.open(f"{job['log']}.{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["ranks"]), MASTER_ADDR="127.0.0.1",
+                              MASTER_PORT=job["port"] or str(store.port), **environment)
+            code = 1
+            try:
+                exec(job["patch"], {"train": train, "rank": rank, "os": os})
+                train.main(job["flags"])
+                code = 0
+            except SystemExit as end:
+                code = end.code or 0
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+    print(json.dumps(ranks), flush=True)
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]), flush=True)
+"""
+
+
+class Ranks:
+    """A run on several ranks, each a process of its own: what torchrun starts, without the seconds that importing takes.
+
+    A server imports everything once; each rank is forked from it, in a session of its own. `patch` is Python code that
+    each rank runs first, and that sees `train`, `os` and its `rank`: faults at a chosen place. With `agent` off, the
+    store that ranks meet at is rank 0's own.
+    """
+
+    server = None
+
+    def __init__(self, folder, *flags, ranks=2, patch="", tiny=True, agent=True):
+        if Ranks.server is None:
+            Ranks.server = subprocess.Popen(
+                [sys.executable, "-c", SERVER], cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                env={k: v for k, v in os.environ.items() if k not in RANK_VARIABLES} | {"OMP_NUM_THREADS": "1"})
+        self.folder, self.log, self.codes = Path(folder), f"{folder}.log", None
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = None if agent else str(free.getsockname()[1])
+        flags = [str(flag) for flag in (*TINY * tiny, "--output_dir", folder, *flags)]
+        job = {"ranks": ranks, "log": self.log, "port": port, "patch": patch, "flags": flags}
+        print(json.dumps(job), file=self.server.stdin, flush=True)
+        self.pids = json.loads(self.server.stdout.readline())
+
+    def said(self, rank=0, stream="out") -> str:
+        return Path(f"{self.log}.{rank}.{stream}").read_text()
+
+    def kill(self, *ranks, sent=signal.SIGKILL) -> None:
+        """To these ranks, or to all; SIGKILL also to their graders, as when a machine goes down."""
+        for rank in ranks or range(len(self.pids)):
+            with suppress(ProcessLookupError):
+                os.killpg(self.pids[rank], sent) if sent == signal.SIGKILL else os.kill(self.pids[rank], sent)
+
+    def alive(self, rank) -> bool:
+        with suppress(OSError):
+            return Path(f"/proc/{self.pids[rank]}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return False
+
+    def result(self) -> Result:
+        """Waits for all ranks; `codes` has their exit codes, negative for a signal."""
+        self.codes = self.codes or json.loads(self.server.stdout.readline())
+        return Result(max(self.codes, key=abs), self.said(0), self.said(0, "err"), self.folder)
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """ranks(folder, *flags, ranks=2, patch="") -> a running Ranks; wait for its result before the next one starts."""
+    yield Ranks
+    if Ranks.server:
+        Ranks.server.stdin.close()
+        Ranks.server.wait(60)
 
 
 class Torchrun(subprocess.Popen):
