@@ -220,6 +220,7 @@ class ChunkedLogprobs(torch.autograd.Function):
             logp[part] = logits.gather(1, targets[part, None]).squeeze(1) - z.log()
             entropy[part] = z.log() - probs.mul_(logits).sum(dim=1) / z  # -sum_v p log p
             log_z[part] = top.squeeze(1) + z.log()
+            del logits, probs  # or they would still be there while the next chunk's are made
         ctx.save_for_backward(hidden, weight, bias, targets, log_z)
         ctx.temperature, ctx.chunk = temperature, chunk
         ctx.mark_non_differentiable(entropy)
@@ -245,6 +246,7 @@ class ChunkedLogprobs(torch.autograd.Function):
                 grad_weight.addmm_(grad_logits.T, hidden[part])
             else:
                 grad_weight += grad_logits.T @ hidden[part]
+            del probs, grad_logits
         bias_out = None if bias is None else grad_bias.to(bias.dtype)
         return grad_hidden, grad_weight.to(weight.dtype), bias_out, None, None, None
 

@@ -75,8 +75,8 @@ def child(function, *arguments):
 def head():
     memory = next(line for line in open("/proc/meminfo") if line.startswith("MemAvailable"))
     tokens = TOKENS
-    # log-probabilities, logits, then an exponential and a product for the entropy; weight and gradient; a reserve
-    while (4 * tokens + 2 * HIDDEN) * VOCABULARY * 4 + 2 * GIB > int(memory.split()[1]) * 1024:
+    # log-probabilities, then an exponential and a product for the entropy; the weight and its gradient; a reserve
+    while (3 * tokens + 2 * HIDDEN) * VOCABULARY * 4 + 4 * GIB > int(memory.split()[1]) * 1024:
         tokens //= 2
     plain, lean, how = child("head_once", "plain", tokens), child("head_once", "lean", TOKENS), f"{TOKENS:,} tokens"
     peak, times = plain["gib"], (lean["seconds"], plain["seconds"])

@@ -5,6 +5,7 @@ import itertools
 import math
 import os
 import sys
+import weakref
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -473,6 +474,30 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(kind):
     with Sizes() as sizes:  # the instrument works
         model(inputs[0]).logits
     assert sizes.largest == 3 * 53 * vocab
+
+
+class Alive(TorchDispatchMode):
+    """Records how many different tensors of at least `size` entries exist at once."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.made, self.most = size, [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.made += [weakref.ref(t) for t in torch.utils._pytree.tree_leaves(out) if torch.is_tensor(t)]
+        self.made = [ref for ref in self.made if ref() is not None and ref().numel() >= self.size]
+        self.most = max(self.most, len({ref().data_ptr() for ref in self.made}))
+        return out
+
+
+def test_no_more_than_two_chunks_of_logits_exist_at_once():
+    hidden, weight = torch.randn(64, 4, requires_grad=True), torch.randn(300, 4, requires_grad=True)
+    with Alive(16 * 300) as forward:
+        logp, _ = loss.ChunkedLogprobs.apply(hidden, weight, None, torch.randint(300, (64,)), 0.7, 16)
+    with Alive(16 * 300) as backward:
+        logp.sum().backward()
+    assert (forward.most, backward.most) == (2, 1)
 
 
 def test_the_head_sees_only_positions_that_predict_a_wanted_token(monkeypatch):
