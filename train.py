@@ -94,7 +94,7 @@ class Config:
     algorithm: Literal["scrpo", "grpo", "dapo"] = flag("scrpo", "grpo, dapo: the baselines, stage 1 only")
     steps: int = flag(60, "rollouts, each with its update(s), in either stage (TRL: max_steps)")
     epochs: int = flag(0, "stop after so many passes over the training questions; 0: only `steps` counts")
-    questions_per_step: int = flag(32, "B over all ranks (TRL: generation_batch_size / num_generations)")
+    questions_per_step: int = flag(32, "B, over all ranks (TRL: generation_batch_size / num_generations)")
     group_size: int = flag(8, "G, samples a question (TRL: num_generations)")
     max_new_tokens: int = flag(160, "longest response; also L_max of Eq. 6's dr_grpo (TRL: max_completion_length)")
     temperature: float = flag(1.0, "of sampling, and of every log-probability (TRL: temperature)")
@@ -123,7 +123,7 @@ class Config:
     weight_decay: float = flag(0.0, "AdamW's, on matrices only (TRL: weight_decay)")
     max_grad_norm: float = flag(1.0, "global norm to which gradients are clipped (TRL: max_grad_norm)")
     # Machine
-    rollout: Literal["auto", "vllm", "transformers"] = flag("auto", "auto: vLLM if there is a GPU (TRL: use_vllm)")
+    rollout: Literal["auto", "vllm", "transformers"] = flag("auto", "auto: vLLM, if installed, on a GPU (TRL: use_vllm)")
     precision: Literal["auto", "fp32", "bf16"] = flag("auto", "of compute; masters are fp32 (TRL: bf16)")
     micro_batch_tokens: int = flag(16384, "padded tokens of a forward pass (TRL: per_device_train_batch_size)")
     logprob_chunk: int = flag(1024, "positions whose logits exist at the same time")
@@ -1071,8 +1071,12 @@ def load_all(run: Run) -> None:
 
 
 def fitting_problems(run: Run) -> None:
-    """Leaves out training problems whose prompt does not fit the context, and golds nobody can be right about."""
+    """Leaves out training problems whose prompt does not fit the context; names golds nobody can be right about."""
     config, kept, too_long = run.config, [], []
+    if run.rank == 0 and (bad := run.grader.unparsable([problem.answer for problem in run.problems])):
+        places = ", ".join(f"{i + 1} ({run.problems[i].answer[:30]!r})" for i in bad[:10])
+        warn(f"{len(bad)} answers of {config.train_data} cannot be read as mathematics, and only a response with the same "
+             f"letters is right: problem {places}")
     for problem in run.problems:
         prompt = render(run.tokenizer, solution_prompt(problem.problem))
         (kept if fits(prompt, config.max_new_tokens, run.engine.max_context) else too_long).append(problem)
@@ -1111,6 +1115,7 @@ def set_up(config: Config) -> Run:
     else:
         run.reference = None  # pi_ref is not even loaded
     run.optimizer = MasterAdamW(run.model, dtype, config, run.rank, run.world)
+    run.grader = Grader(workers=config.grader_workers)
     try:
         run.engine = make_engine(
             config.rollout, run.model, run.tokenizer, model_path=config.model, seed=config.seed,
@@ -1124,7 +1129,6 @@ def set_up(config: Config) -> Run:
     # No buffers to broadcast: that would be a collective in each forward pass, and ranks differ in how many they run.
     policy = Policy(run.model, config.temperature, config.logprob_chunk)
     run.policy = DistributedDataParallel(policy, gradient_as_bucket_view=True, broadcast_buffers=False)
-    run.grader = Grader(workers=config.grader_workers)
     run.pool = None
     if config.algorithm == "scrpo":
         run.pool = ErrorPool(config.pool_trigger, config.min_variance, config.errors_per_question)
