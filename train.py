@@ -1083,18 +1083,20 @@ def fitting_problems(run: Run) -> None:
     if too_long:
         warn(f"{len(too_long)} of {len(run.problems)} problems of {config.train_data} left out: prompt and "
              f"--max_new_tokens {config.max_new_tokens} exceed the context of {run.engine.max_context} tokens; the first: "
-             f"{too_long[0].source}")
+             f"{too_long[0].problem[:60]!r}")
     if not kept:
         raise ValueError(f"--train_data {config.train_data}: no prompt fits the context of {run.engine.max_context} tokens "
                          f"with --max_new_tokens {config.max_new_tokens}; lower it, or raise --max_context")
     run.problems = kept
 
 
-def set_up(config: Config) -> Run:
+def set_up(arguments: list[str]) -> Run:
     """Builds everything, on all ranks together."""
+    # First of all: if a rank failed while rank 0 is still importing, torchrun would end rank 0 before it says why.
+    rank, world, device = start_distributed()
+    config, error = parse(arguments), None
     run = Run(config)
-    run.rank, run.world, run.device = start_distributed()
-    error = None
+    run.rank, run.world, run.device = rank, world, device
     try:
         if config.wandb and run.rank == 0:
             import wandb
@@ -1184,7 +1186,7 @@ def leave(run: Run, error: BaseException) -> None:
 
 
 def main(arguments: Optional[list[str]] = None) -> None:
-    run = set_up(parse(sys.argv[1:] if arguments is None else arguments))
+    run = set_up(sys.argv[1:] if arguments is None else arguments)
     signal.signal(signal.SIGTERM, run.interrupt)
     try:
         with run.grader:
