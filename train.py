@@ -132,7 +132,7 @@ class Config:
     memory_share: float = flag(0.3, "share of GPU memory that vLLM may use (TRL: vllm_gpu_memory_utilization)")
     grader_workers: int = flag(2, "grading processes a rank")
     # What is written, and when
-    eval_every: int = flag(20, "steps between evaluations; before and after are measured anyway (TRL: eval_steps)")
+    eval_every: int = flag(10, "steps between evaluations; before and after are measured anyway (TRL: eval_steps)")
     eval_questions: int = flag(512, "held-out problems of an evaluation, from the file's top; 0: none at all")
     save_every: int = flag(20, "steps between checkpoints; one is written at the end too (TRL: save_steps)")
     keep_checkpoints: int = flag(2, "newest checkpoints kept (TRL: save_total_limit)")
