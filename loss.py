@@ -262,6 +262,8 @@ def token_logprobs(model, input_ids, attention_mask, first, temperature: float =
     """log pi(token | what precedes it) at the sampling temperature, and the policy's entropy there.
 
     model           a Hugging Face causal language model (a head with soft-capped logits is not supported)
+                    whose weights' dtype decides the precision (not autocast: backward, which runs outside of it,
+                    would make other logits than forward did)
     input_ids       prompt + completion of each sequence, padded on the *right* [S,L]
     attention_mask  1 where a token stands, 0 where padding [S,L]
     first           position of the first token whose log-probability is wanted [S], at least 1; all after it are
