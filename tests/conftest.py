@@ -5,10 +5,12 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +26,16 @@ from reward import Grader
 ROOT = Path(__file__).resolve().parents[1]
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 PATIENCE = 600  # seconds for a grading: runs are compared bit for bit, and a busy machine must not change a verdict
-TINY = "--questions_per_step 8 --pool_trigger 8 --steps 6 --save_every 3 --eval_questions 0 --schedule constant --grader_workers 1".split()
+FEW = Path(tempfile.mkdtemp(prefix="scrpo_tests_")) / "few.jsonl"  # 400 problems: the golds of 6,000 take seconds to check
+TINY = ["--train_data", FEW, *"--questions_per_step 8 --pool_trigger 8 --steps 6 --save_every 3 --eval_questions 0".split(),
+        *"--schedule constant --grader_workers 1".split()]  # fmt: skip
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few():
+    FEW.write_text("".join((ROOT / "toy" / "train.jsonl").read_text().splitlines(keepends=True)[:400]))
+    yield
+    shutil.rmtree(FEW.parent)
 
 
 @dataclass

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import oracle
 import pytest
 import torch
-from conftest import ROOT, same_weights
+from conftest import PATIENCE, ROOT, same_weights
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -133,11 +133,12 @@ def test_stages_pool_and_prompts_follow_from_the_samples(standard):
 
 
 def test_verdicts_are_the_graders(standard):
-    with Grader() as grader:
-        for stage in (1, 2):
-            rows = [r for r in standard.samples if r["stage"] == stage]
-            texts = [r["response"] if stage == 1 else r["response"].rpartition("Corrected Solution:")[2] for r in rows]
-            assert grader.verdicts(texts, [r["answer"] for r in rows]) == [r["verdict"] for r in rows]
+    def graded(r):  # Eq. 11: without its two sections a correction has no solution
+        return r["response"] if r["stage"] == 1 else r["response"].rpartition("Corrected Solution:")[2] if r["analysis"] else ""
+
+    with Grader(deadline=PATIENCE) as grader:
+        verdicts = grader.verdicts([graded(r) for r in standard.samples], [r["answer"] for r in standard.samples])
+    assert verdicts == [r["verdict"] for r in standard.samples]
 
 
 def test_final_loads_and_gives_the_last_accuracy_again(standard, tokenizer):
@@ -146,7 +147,7 @@ def test_final_loads_and_gives_the_last_accuracy_again(standard, tokenizer):
         engine = make_engine("transformers", model, AutoTokenizer.from_pretrained(folder), model_path=str(folder))
         start_distributed()
         try:
-            with Grader() as grader:
+            with Grader(deadline=PATIENCE) as grader:
                 answers = sample_answers(engine, engine.tokenizer, load_problems(str(TOY / "test.jsonl"))[:32], grader,
                                          k=1, temperature=1.0, top_p=1.0, max_new_tokens=160, seed=0)  # fmt: skip
         finally:
@@ -370,7 +371,7 @@ def test_without_a_loss_token_nothing_moves_and_the_visit_warns(launch, tmp_path
     monkeypatch.setattr(train.MasterAdamW, "step", lambda *_: steps.append(_))
     run = launch(tmp_path / "run", "--train_stages", 2, "--min_variance", 0)
     visited = [m for m in run.steps if m["stage"] == 2]
-    assert not steps and all(same_weights(weights, START) for weights in history) and same_weights(run.weights, START)
+    assert not steps and all(same_weights(weights, history[0]) for weights in history) and same_weights(run.weights, START)
     assert visited and all((m["empty_updates"], m["loss_tokens"], m["loss"], m["grad_norm"]) == (2, 0, None, None) for m in visited)
     assert any("visit 1 to stage 2 ended without a single loss token" in line for line in run.errors)
 
@@ -455,16 +456,16 @@ def test_all_seeds_of_a_run_differ(launch, tmp_path, spy):
 @pytest.mark.parametrize("beta", [0.0, 0.5])
 def test_a_reference_is_loaded_only_for_a_kl_term(beta, launch, tmp_path, spy):
     loaded, losses = spy(AutoModelForCausalLM, "from_pretrained"), spy(train, "policy_loss")
-    run = launch(tmp_path / "run", "--beta", beta, "--steps", 2, "--learning_rate", 3e-3)
+    run = launch(tmp_path / "run", "--beta", beta, "--steps", 3, "--algorithm", "grpo")
     assert len(loaded) == (2 if beta else 1)
     for (logp, _, ref_logp, *_), keywords, _ in losses:
         assert keywords["beta"] == beta and (ref_logp is None) == (beta == 0)
     if beta:
         assert torch.allclose(losses[0][0][0], losses[0][0][2], atol=1e-5)  # at first pi_ref = pi_theta
-        assert 0 < run.steps[0]["kl"] < run.steps[1]["kl"]
-        assert run.steps[0]["loss_tokens"] == 64 * run.steps[0]["mean_length"]  # groups of equal rewards have a KL too
+        assert all(m["kl"] > 1e-6 for m in run.steps)
+        assert sum(m["loss_tokens"] for m in run.steps) == run.steps[-1]["tokens"]  # groups of equal rewards have a KL too
     else:
-        assert run.steps[0]["kl"] is None and run.steps[0]["loss_tokens"] < 64 * run.steps[0]["mean_length"]
+        assert run.steps[0]["kl"] is None and sum(m["loss_tokens"] for m in run.steps) < run.steps[-1]["tokens"]
 
 
 def test_other_machine_settings_change_no_number(launch, tmp_path):
@@ -575,7 +576,7 @@ def test_prompts_that_do_not_fit_are_left_out_named_and_counted(launch, tmp_path
     data = write(tmp_path / "some.jsonl", rows)
     run = launch(tmp_path / "run", "--train_data", data, "--steps", 2, "--max_context", 300)
     assert run.code == 0 and len(run.errors) == 1
-    assert "1 of 10 problems" in run.errors[0] and "some.jsonl, line 4" in run.errors[0] and "300" in run.errors[0]
+    assert "1 of 10 problems" in run.errors[0] and "'1+1+1+1+" in run.errors[0] and "context of 300" in run.errors[0]
     assert not any("1+1+" in r["problem"] for r in run.samples)
     run = launch(tmp_path / "none", "--train_data", data, "--steps", 1, "--max_context", 170)
     assert run.code == 2 and re.match(r"error: --train_data .*no prompt fits the context of 170 tokens.*lower it", run.errors[-1])
@@ -587,8 +588,8 @@ def test_corrections_that_do_not_fit_drop_their_error(launch, tmp_path, tokenize
     run = launch(tmp_path / "run", "--steps", 4, "--max_context", longest + 60, "--max_new_tokens", 60, "--min_variance", 0)
     visits = [m for m in run.steps if m["stage"] == 2]
     assert visits and all(m["correction_success"] is None and m["well_formed"] is None and m["loss_tokens"] == 0 for m in visits)
-    before = run.steps[run.steps.index(visits[0]) - 1]["pool_size"]
-    assert visits[0]["pool_size"] == 0 and visits[0]["dropped_errors"] == before and visits[0]["samples"] == 64
+    before = run.steps[run.steps.index(visits[0]) - 1]
+    assert visits[0]["pool_size"] == 0 and visits[0]["dropped_errors"] == before["pool_size"] and visits[0]["samples"] == before["samples"]
     assert run.out.count("dropped an error: its correction prompt has") == run.steps[-1]["dropped_errors"] > 0
     assert any("without a single loss token" in line for line in run.errors)
 
@@ -726,9 +727,14 @@ def test_an_output_folder_with_a_run_is_not_touched(launch, tmp_path):
 
 
 @pytest.mark.parametrize("flags,named", [("--pool_trigger 7", "--pool_trigger 7"), ("--train_data none.jsonl", "none.jsonl")])
-def test_bad_input_on_two_ranks_is_still_one_line(flags, named, torchrun, tmp_path):
-    run = torchrun(tmp_path / "run", *flags.split()).result()
-    assert run.code == 1 and len(run.errors) == 1 and named in run.errors[0]  # torchrun turns 2 into 1
-    report = run.err[run.err.index(run.errors[0]) :]
-    assert "exitcode  : 2" in report and "exitcode  : 1 " not in report and "exitcode  : -" not in report
-    assert not (tmp_path / "run").exists()
+def test_bad_input_ends_every_rank_with_2(flags, named, ranks, tmp_path):
+    job = ranks(tmp_path / "run", *flags.split())
+    run = job.result()
+    assert job.codes == [2, 2] and len(run.errors) == 1 and run.err.startswith("error: ") and named in run.err
+    assert run.err.count("\n") == 1 and not job.said(1, "err") and not job.said(1) and not (tmp_path / "run").exists()
+
+
+def test_bad_input_under_torchrun_is_said_once(torchrun, tmp_path):
+    run = torchrun(tmp_path / "run", "--pool_trigger", 7).result()
+    assert run.code == 1 and len(run.errors) == 1 and "--pool_trigger 7" in run.errors[0]  # torchrun turns 2 into 1
+    assert "exitcode  : 2" in run.err and not (tmp_path / "run").exists()
