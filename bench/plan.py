@@ -107,9 +107,9 @@ def layer_bytes(s, b: int) -> int:
 
 
 def forward_bytes(s, b: int, tokens: int, chunk: int) -> int:
-    """A forward pass that keeps nothing: the residual stream, a layer's widest point, and then the head's: fp32 logits
-    and probabilities of the chunk before, while the next one's logits are made."""
-    return tokens * (b * s.D + max(3 * b * s.F, 12 * s.D)) + (14 if b == 2 else 12) * s.V * chunk
+    """A forward pass that keeps nothing: the residual stream, a layer's widest point, and the head's: logits and
+    probabilities of a chunk, in fp32."""
+    return tokens * (b * s.D + max(3 * b * s.F, 12 * s.D)) + 8 * s.V * chunk
 
 
 def activation_bytes(s, b: int, tokens: int, config, cpu: bool) -> dict:
@@ -119,9 +119,9 @@ def activation_bytes(s, b: int, tokens: int, config, cpu: bool) -> dict:
     final = (4 + 4 * b) * s.D * tokens  # the last norm, as in a layer; what the head takes of it, and the gradient
     head = s.V * s.D  # entries of the head's weight, as of the embedding's
     # ChunkedLogprobs.backward: W's gradient in fp32; with bf16 also a chunk's part of it (which a CPU casts before it
-    # adds), and the chunk's probabilities in fp32 with their gradient in bf16. fp32: those of two chunks.
+    # adds), and the chunk's probabilities, which become their gradient, in fp32 and in bf16.
     of_head = head * (4 if b == 4 else 10 if cpu else 6)
-    logits = s.V * chunk * (8 if b == 4 else 6)
+    logits = s.V * chunk * (4 if b == 4 else 6)
     moments = [
         {"kept for the backward pass": kept, "last norm": final, "logits of a chunk": logits, "gradient of the head": of_head},
         {"kept for the backward pass": kept,

@@ -483,15 +483,16 @@ def test_the_plan_is_right_within_a_tenth(capsys):
 # ------------------------------------------------------------------------------------------------ accuracy
 
 
-def curve(launch, folder, precision, seed) -> float:
-    result = launch(folder, "--precision", precision, "--seed", seed, "--steps", 12, "--questions_per_step", 32, "--pool_trigger", 32,
-                    "--save_every", 99, "--eval_questions", 256, "--eval_every", 0)  # fmt: skip
-    return result.metrics[-1]["eval_accuracy"] - result.metrics[0]["eval_accuracy"]
+def late_accuracy(launch, folder, precision, seed) -> float:
+    """Of the last two steps in stage 1; the toy starts at 0.4."""
+    result = launch(folder, "--precision", precision, "--seed", seed, "--steps", 8, "--questions_per_step", 32, "--pool_trigger", 32,
+                    "--save_every", 99)  # fmt: skip
+    return sum([m["accuracy"] for m in result.steps if m["stage"] == 1][-2:]) / 2
 
 
 @pytest.mark.slow
 def test_bf16_learns_as_fast_as_fp32(launch, tmp_path):
-    gains = {p: torch.tensor([curve(launch, tmp_path / f"{p}{seed}", p, seed) for seed in range(3)]) for p in ("fp32", "bf16")}
-    assert gains["fp32"].mean() > 0.1
-    noise = (gains["fp32"].var() / 3 + gains["bf16"].var() / 3 + 2 * 0.03**2 / 3).sqrt()  # 0.03: the evaluation's own
-    assert (gains["fp32"].mean() - gains["bf16"].mean()).abs() < 3 * noise, gains
+    end = {p: torch.tensor([late_accuracy(launch, tmp_path / f"{p}{seed}", p, seed) for seed in range(3)]) for p in ("fp32", "bf16")}
+    assert end["fp32"].mean() > 0.55
+    noise = ((end["fp32"].var() + end["bf16"].var() + 2 * 0.02**2) / 3).sqrt()  # 0.02: of one run's 512 samples
+    assert (end["fp32"].mean() - end["bf16"].mean()).abs() < 3 * noise, end
