@@ -1,4 +1,4 @@
-"""The README's promises: its map of equations, its names, its table of files."""
+"""The README's promises: its map of equations, its names, its links."""
 
 import importlib
 import inspect
@@ -54,11 +54,6 @@ def test_every_name_in_the_readme_exists():
     assert len(names) > 25
     for module, name in names:
         assert callable(find(module, name)), name
-
-
-def test_the_table_of_files_has_their_lengths():
-    for name, length in re.findall(r"^\| \[(\w+\.py)\]\(\1\) \| (\d+) \|", README, re.M):
-        assert int(length) == len((ROOT / name).read_text(encoding="utf-8").splitlines()), f"{name}: correct the README"
 
 
 @pytest.mark.parametrize("name", FILES)
