@@ -712,7 +712,7 @@ def train(run: Run) -> None:
         if last or (config.eval_every and step % config.eval_every == 0):
             metrics |= evaluate_policy(run)
         metrics |= {"tokens_per_second": (state.tokens - tokens) / (time.perf_counter() - started)}
-        record(run, {"step": step, "stage": state.stage, **metrics}, groups)
+        record(run, {"step": step, "stage": state.stage, "accuracy": None, "correction_success": None} | metrics, groups)
         alarm(run, metrics)
         show_progress(bar, run, metrics)
         run.stop = any(gather([run.stop]))  # SIGTERM may reach the ranks in different steps

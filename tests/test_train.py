@@ -22,7 +22,7 @@ TOY = ROOT / "toy"
 BENCHMARK = ROOT.parent / "shared" / "benchmarks" / "train.jsonl"
 START = load_file(TOY / "model.safetensors")
 EVERY_STEP = {
-    "step", "stage", "accuracy", "discarded_groups", "loss", "grad_norm", "loss_tokens", "clip_fraction", "entropy", "kl",
+    "step", "stage", "accuracy", "correction_success", "discarded_groups", "loss", "grad_norm", "loss_tokens", "clip_fraction", "entropy", "kl",
     "logp_gap", "logp_gap_max", "capped_fraction", "empty_updates", "nonfinite_updates", "tokens_per_second", "informative_groups",
     "truncated", "mean_length", "right", "wrong", "ungradable", "pool_size", "visits", "dropped_errors", "questions", "samples",
     "tokens", "seconds", "peak_memory_gb",
@@ -87,14 +87,15 @@ def test_metrics_are_there_and_make_sense(standard):
     assert {m["stage"] for m in standard.steps} == {1, 2}
     samples = tokens = questions = 0
     for m in standard.steps:
-        own = {"accuracy", "discarded_groups"} if m["stage"] == 1 else {"correction_success", "well_formed"}
+        own = {"discarded_groups"} if m["stage"] == 1 else {"well_formed"}
         assert set(m) - {"eval_accuracy", "eval_accuracy_se", "eval_correction", "eval_correction_se"} == (
-            EVERY_STEP - {"accuracy", "discarded_groups"} | own)  # fmt: skip
+            EVERY_STEP - {"discarded_groups"} | own)  # fmt: skip
         samples, tokens = samples + 64, tokens + round(64 * m["mean_length"])
         questions += 8 * (m["stage"] == 1)
         assert (m["samples"], m["tokens"], m["questions"]) == (samples, tokens, questions)
         assert m["right"] + m["wrong"] + m["ungradable"] == 64
-        assert m["right"] / 64 == m.get("accuracy", m.get("correction_success"))
+        shares = (m["accuracy"], m["correction_success"]) if m["stage"] == 1 else (m["correction_success"], m["accuracy"])
+        assert shares == (m["right"] / 64, None)
         assert 0 < m["loss_tokens"] <= 64 * m["mean_length"] and 0 <= m["clip_fraction"] < 0.1 and m["kl"] is None
         assert 0 < m["entropy"] < 1 and 0 < m["grad_norm"] < 5 and abs(m["loss"]) < 1  # stage 2: only Â > 0
         assert m["logp_gap"] <= m["logp_gap_max"] < 1e-4  # engine and trainer are the same model
@@ -653,7 +654,7 @@ BAD_INPUT = {  # flags -> what the one line must name, and what it must tell to 
     "damaged weights": ("--model {damaged}", "--model {damaged}", "name a folder"),
     "no such data": ("--train_data {folder}/none.jsonl", "none.jsonl", "give a JSONL file"),
     "no such held-out data": ("--eval_data {folder}/none.jsonl", "none.jsonl", "give a JSONL file"),
-    "empty data": ("--train_data {empty}", "{empty}", "must be a JSON object with problem and answer"),
+    "empty data": ("--train_data {empty}", "{empty}", "with problem and answer"),
     "not JSONL": ("--train_data {text}", "{text}, line 2", "one object a line"),
     "no problem": ("--train_data {noproblem}", "{noproblem}, line 3", "'problem'"),
     "no answer": ("--train_data {noanswer}", "{noanswer}, line 2", "'answer'"),
