@@ -118,7 +118,10 @@ def launch():
 
 SERVER = f"PATIENCE = {PATIENCE}" + """
 import functools, json, os, sys, traceback
-import reward, torch, train
+import matplotlib, reward, torch, train
+
+matplotlib.use("Agg")
+import matplotlib.pyplot  # now, so that not each run has to
 
 reward.START, train.Grader = PATIENCE, functools.partial(reward.Grader, deadline=PATIENCE)
 
@@ -212,8 +215,9 @@ class Torchrun(subprocess.Popen):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *elastic,
                    script or ROOT / "train.py", *TINY * tiny, "--output_dir", folder, *flags]  # fmt: skip
         environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
-        super().__init__([str(part) for part in command], cwd=ROOT, text=True, start_new_session=True,
-                         env=environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        # torchrun keeps one store over its restarts, stale addresses in it, unless told otherwise: pytorch#135712.
+        environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        super().__init__([str(part) for part in command], cwd=ROOT, text=True, start_new_session=True, env=environment,
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
 
     def workers(self) -> list[int]:

@@ -17,7 +17,7 @@ import train
 from rollout import TransformersEngine
 
 # Small steps, both stages, many checkpoints, all of them kept.
-FLAGS = "--min_variance 0.1 --steps 12 --save_every 2 --keep_checkpoints 99 --eval_every 4 --eval_questions 16 --samples_per_step -1".split()
+FLAGS = "--min_variance 0.1 --steps 12 --save_every 2 --keep_checkpoints 99 --samples_per_step -1".split()
 
 
 @pytest.fixture(scope="module")
@@ -83,17 +83,25 @@ def assert_same(run, undisturbed, steps=12):
 # --------------------------------------------------------------------------------------------------- exact resume
 
 
-@pytest.mark.parametrize("flags", ["", "--algorithm dapo --overlong_cache 40", "--beta 0.1 --warmup_steps 3 --weight_decay 0.1"])
+@pytest.mark.parametrize("flags", ["--beta 0.1 --warmup_steps 3 --weight_decay 0.1 --eval_questions 8 --eval_every 1",
+                                   "--algorithm dapo --overlong_cache 40"])  # fmt: skip
 def test_n_and_n_steps_are_2n_steps(flags, launch, tmp_path):
-    """Stopped after 3 steps and after 4: in the middle of warm-up, between the stages, with errors in the pool."""
-    flags = ["--steps", 6, *"--min_variance 0.1 --samples_per_step -1 --keep_checkpoints 99".split(), *flags.split()]
+    """Stopped after 2 steps and after 3: in the middle of warm-up, between the stages, with errors in the pool."""
+    flags = ["--steps", 4, *"--min_variance 0.1 --samples_per_step -1 --keep_checkpoints 99".split(), *flags.split()]
     one = launch(tmp_path / "one", *flags)
-    for steps in (3, 4, 6):
+    for steps in (2, 3, 4):
         several = launch(tmp_path / "several", *flags, "--steps", steps, "--resume")
     assert several.comparable() == one.comparable() and several.samples == one.samples
-    same = shards(several.folder, 6) == shards(one.folder, 6)  # not within the assert: pytest would print megabytes
+    same = shards(several.folder, 4) == shards(one.folder, 4)  # not within the assert: pytest would print megabytes
     assert same and same_weights(several.weights, one.weights)
-    assert "resumed after step 4" in several.out and (several.folder / "curves.png").exists()
+    assert "resumed after step 3" in several.out and (several.folder / "curves.png").exists()
+
+
+def test_6_and_6_steps_are_12_steps(launch, whole, tmp_path):
+    """Both stages on both sides of the cut."""
+    assert {m["stage"] for m in whole.steps[:6]} == {m["stage"] for m in whole.steps[6:]} == {1, 2}
+    launch(tmp_path / "run", *FLAGS, "--steps", 6)
+    assert_same(launch(tmp_path / "run", *FLAGS, "--resume"), whole)
 
 
 def test_a_checkpoint_holds_everything(whole):
@@ -115,7 +123,7 @@ def test_resuming_a_finished_run_changes_nothing(whole, launch, tmp_path):
 
 def test_resume_of_an_empty_folder_starts_fresh(launch, tmp_path, whole):
     (tmp_path / "run").mkdir()
-    run = launch(tmp_path / "run", *FLAGS, "--steps", 2, "--eval_every", 4, "--eval_questions", 0, "--resume")
+    run = launch(tmp_path / "run", *FLAGS, "--steps", 2, "--resume")
     assert run.code == 0 and "resumed" not in run.out and not run.errors
     assert [m["loss"] for m in run.steps] == [m["loss"] for m in whole.steps[:2]]
 
@@ -225,7 +233,7 @@ def patched(path, data):
         if path.suffix == "{suffix}":
             if "{moment}" == "half":
                 path.with_name(path.name + ".part").write_bytes(bytes(data)[: len(data) // 2])
-            if "{moment}" == "before the rename":
+            else:
                 train.Path.replace = lambda *_: die()
                 write_whole(path, data)
             die()
@@ -234,8 +242,7 @@ train.write_whole = patched
 """
 
 
-@pytest.mark.parametrize("rank,suffix,moment", [(0, ".pt", "half"), (1, ".pt", "before the rename"), (0, ".sha256", "before it"),
-                                                (1, ".sha256", "half")])  # fmt: skip
+@pytest.mark.parametrize("rank,suffix,moment", [(0, ".pt", "half"), (1, ".pt", "before the rename"), (1, ".sha256", "half")])
 def test_killed_while_a_checkpoint_is_written(rank, suffix, moment, ranks, pair, tmp_path):
     """The checkpoint counts on no rank, the one before it does, and nothing of the torn one is left."""
     folder = back_to(pair, 2, tmp_path / "run")
@@ -485,7 +492,7 @@ def test_three_in_a_row_end_the_run_and_say_where(calls, launch, tmp_path, whole
     """Also where the third is not the last update of its step. What was injected away, it goes on from its checkpoint."""
     poison({call - 4 for call in calls})  # the copy goes on after step 2, of two updates each
     folder = back_to(whole, 2, tmp_path / "run")
-    run = launch(folder, *FLAGS, "--steps", 6, "--eval_every", 0, "--resume")
+    run = launch(folder, *FLAGS, "--steps", 6, "--resume")
     (line,) = run.errors
     assert run.code == 2 and "step 4, stage" in line and "3 times in a row" in line and "nonfinite.jsonl" in line
     saved = run.lines("nonfinite.jsonl")
@@ -498,12 +505,13 @@ def test_three_in_a_row_end_the_run_and_say_where(calls, launch, tmp_path, whole
 # ------------------------------------------------------------------------------------------------------ lost ranks
 
 
-@pytest.mark.parametrize("where,name", [("rollout", "draw"), ("train", "batch_loss"), ("train", "sample_corrections")])
-def test_a_lost_rank_ends_the_others_with_its_name(where, name, ranks, pair, tmp_path):
+@pytest.mark.parametrize("where,name,call", [("rollout", "draw", 20), ("train", "batch_loss", 3), ("train", "sample_corrections", 1)])
+def test_a_lost_rank_ends_the_others_with_its_name(where, name, call, ranks, pair, tmp_path):
     """Killed in the rollout, in the update, in an evaluation; the other one ends by itself within seconds."""
-    call = {"draw": 20, "batch_loss": 3, "sample_corrections": 1}[name]
     patch = SIGTERM.format(where=where, name=name, call=call, ranks=(1,)).replace("SIGTERM", "SIGKILL")
-    job = ranks(back_to(pair, 2, tmp_path / "run"), *FLAGS, "--steps", 4, "--resume", patch=patch)
+    evaluation = name == "sample_corrections"
+    folder = tmp_path / "run" if evaluation else back_to(pair, 2, tmp_path / "run")
+    job = ranks(folder, *FLAGS, "--steps", 4, "--eval_questions", 8 if evaluation else 0, "--resume", patch=patch)
     while job.alive(1):
         time.sleep(0.01)
     since = time.monotonic()
@@ -511,7 +519,8 @@ def test_a_lost_rank_ends_the_others_with_its_name(where, name, ranks, pair, tmp
     assert time.monotonic() - since < 30 and job.codes == [1, -9]
     (line,) = run.errors
     assert "error: rank 0, after step" in line and "lost rank 1" in line and "--resume goes on" in line and "Traceback" not in run.err
-    assert_same(ranks(job.folder, *FLAGS, "--steps", 4, "--resume").result(), pair, steps=4)
+    if not evaluation:
+        assert_same(ranks(folder, *FLAGS, "--steps", 4, "--resume").result(), pair, steps=4)
 
 
 def test_losing_rank_0_takes_the_store_along(ranks, pair, tmp_path):
@@ -534,6 +543,7 @@ def test_torchrun_restarts_and_the_run_goes_on(torchrun, pair, tmp_path):
     assert_same(run, pair, steps=6)
 
 
+@pytest.mark.slow
 def test_sigterm_to_torchrun_ends_every_worker_with_0(torchrun, ranks, pair, tmp_path):
     job = torchrun(back_to(pair, 2, tmp_path / "run"), *FLAGS, "--steps", 4, "--resume")
     lines = tmp_path / "run" / "metrics.jsonl"
