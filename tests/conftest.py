@@ -26,9 +26,9 @@ from reward import Grader
 ROOT = Path(__file__).resolve().parents[1]
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 PATIENCE = 600  # seconds for a grading: runs are compared bit for bit, and a busy machine must not change a verdict
-FEW = Path(tempfile.mkdtemp(prefix="scrpo_tests_")) / "few.jsonl"  # 400 problems: the golds of 6,000 take seconds to check
-TINY = ["--train_data", FEW, *"--questions_per_step 8 --pool_trigger 8 --steps 6 --save_every 3 --eval_questions 0".split(),
-        *"--schedule constant --grader_workers 1".split()]  # fmt: skip
+FEW = Path(tempfile.mkdtemp(prefix="scrpo_tests_")) / "few.jsonl"  # 400 problems; 6,000 golds take seconds to check
+TINY = ["--train_data", FEW, *"--questions_per_step 8 --pool_trigger 8 --steps 6 --save_every 3".split(),
+        *"--eval_questions 0 --schedule constant --grader_workers 1".split()]  # fmt: skip
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -74,7 +74,10 @@ class Result:
 
     def comparable(self) -> list[dict]:
         """The metrics but for what the clock and the machine say."""
-        return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second", "peak_memory_gb")} for line in self.metrics]
+        return [
+            {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second", "peak_memory_gb")}
+            for line in self.metrics
+        ]
 
 
 def same_weights(a: dict, b: dict) -> bool:
@@ -83,8 +86,8 @@ def same_weights(a: dict, b: dict) -> bool:
 
 @pytest.fixture(scope="session")
 def launch():
-    """launch(folder, *flags) -> Result of train.main in this process, as one rank, with TINY's settings before `flags`;
-    `settings` may be a YAML file, which has to come first of all."""
+    """launch(folder, *flags) -> Result of train.main in this process, as one rank, with TINY's settings before
+    `flags`; `settings` may be a YAML file, which has to come first of all."""
     import train
 
     torch.set_num_threads(1)
@@ -116,7 +119,9 @@ def launch():
     return main
 
 
-SERVER = f"PATIENCE = {PATIENCE}" + """
+SERVER = (
+    f"PATIENCE = {PATIENCE}"
+    + """
 import functools, json, os, sys, traceback
 import matplotlib, reward, torch, train
 
@@ -136,8 +141,8 @@ for line in sys.stdin:
             os.setsid()
             for stream, name in ((1, "out"), (2, "err")):
                 os.dup2(os.open(f"{job['log']}.{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["ranks"]), MASTER_ADDR="127.0.0.1",
-                              MASTER_PORT=job["port"] or str(store.port), **environment)
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["ranks"]),
+                              MASTER_ADDR="127.0.0.1", MASTER_PORT=job["port"] or str(store.port), **environment)
             code = 1
             try:
                 exec(job["patch"], {"train": train, "rank": rank, "os": os})
@@ -152,10 +157,11 @@ for line in sys.stdin:
     print(json.dumps(ranks), flush=True)
     print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]), flush=True)
 """
+)
 
 
 class Ranks:
-    """A run on several ranks, each a process of its own: what torchrun starts, without the seconds that importing takes.
+    """A run on several ranks, each a process of its own: as torchrun's, without the seconds that importing takes.
 
     A server imports everything once; each rank is forked from it, in a session of its own. `patch` is Python code that
     each rank runs first, and that sees `train`, `os` and its `rank`: faults at a chosen place. With `agent` off, the
@@ -167,8 +173,13 @@ class Ranks:
     def __init__(self, folder, *flags, ranks=2, patch="", tiny=True, agent=True):
         if Ranks.server is None:
             Ranks.server = subprocess.Popen(
-                [sys.executable, "-c", SERVER], cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                env={k: v for k, v in os.environ.items() if k not in RANK_VARIABLES} | {"OMP_NUM_THREADS": "1"})
+                [sys.executable, "-c", SERVER],
+                cwd=ROOT,
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env={k: v for k, v in os.environ.items() if k not in RANK_VARIABLES} | {"OMP_NUM_THREADS": "1"},
+            )
         self.folder, self.log, self.codes = Path(folder), f"{folder}.log", None
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -179,7 +190,8 @@ class Ranks:
         self.pids = json.loads(self.server.stdout.readline())
 
     def said(self, rank=0, stream="out") -> str:
-        return Path(f"{self.log}.{rank}.{stream}").read_text()
+        path = Path(f"{self.log}.{rank}.{stream}")
+        return path.read_text() if path.exists() else ""  # a rank that was forked a moment ago has not opened it yet
 
     def kill(self, *ranks, sent=signal.SIGKILL) -> None:
         """To these ranks, or to all; SIGKILL also to their graders, as when a machine goes down."""
@@ -208,11 +220,12 @@ def ranks():
 
 
 class Torchrun(subprocess.Popen):
-    """`torchrun train.py` with TINY's settings, in a session of its own, so that it can be killed with all its children."""
+    """`torchrun train.py` with TINY's settings, in a session of its own, to be killed with its children."""
 
     def __init__(self, folder, *flags, ranks=2, script=None, elastic=(), tiny=True):
         self.folder = Path(folder)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *elastic,
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        command = [*launcher, *elastic,
                    script or ROOT / "train.py", *TINY * tiny, "--output_dir", folder, *flags]  # fmt: skip
         environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
         # torchrun keeps one store over its restarts, stale addresses in it, unless told otherwise: pytorch#135712.

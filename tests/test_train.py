@@ -22,10 +22,11 @@ TOY = ROOT / "toy"
 BENCHMARK = ROOT.parent / "shared" / "benchmarks" / "train.jsonl"
 START = load_file(TOY / "model.safetensors")
 EVERY_STEP = {
-    "step", "stage", "accuracy", "correction_success", "discarded_groups", "loss", "grad_norm", "loss_tokens", "clip_fraction", "entropy", "kl",
-    "logp_gap", "logp_gap_max", "capped_fraction", "empty_updates", "nonfinite_updates", "tokens_per_second", "informative_groups",
-    "truncated", "mean_length", "right", "wrong", "ungradable", "pool_size", "visits", "dropped_errors", "questions", "samples",
-    "tokens", "seconds", "peak_memory_gb",
+    "step", "stage", "accuracy", "correction_success", "discarded_groups", "loss", "grad_norm", "loss_tokens",
+    "clip_fraction", "entropy", "kl", "logp_gap", "logp_gap_max", "capped_fraction", "empty_updates",
+    "nonfinite_updates", "tokens_per_second", "informative_groups", "truncated", "mean_length", "right", "wrong",
+    "ungradable", "pool_size", "visits", "dropped_errors", "questions", "samples", "tokens", "seconds",
+    "peak_memory_gb",
 }  # fmt: skip
 
 
@@ -37,7 +38,15 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def standard(launch, tmp_path_factory):
     """The run that most tests look at: both stages, evaluated before, in the middle and after, every sample kept."""
-    return launch(tmp_path_factory.mktemp("standard") / "run", "--eval_questions", 32, "--eval_every", 3, "--samples_per_step", -1)
+    return launch(
+        tmp_path_factory.mktemp("standard") / "run",
+        "--eval_questions",
+        32,
+        "--eval_every",
+        3,
+        "--samples_per_step",
+        -1,
+    )
 
 
 @pytest.fixture
@@ -94,13 +103,24 @@ def test_metrics_are_there_and_make_sense(standard):
         questions += 8 * (m["stage"] == 1)
         assert (m["samples"], m["tokens"], m["questions"]) == (samples, tokens, questions)
         assert m["right"] + m["wrong"] + m["ungradable"] == 64
-        shares = (m["accuracy"], m["correction_success"]) if m["stage"] == 1 else (m["correction_success"], m["accuracy"])
+        shares = (
+            (m["accuracy"], m["correction_success"]) if m["stage"] == 1 else (m["correction_success"], m["accuracy"])
+        )
         assert shares == (m["right"] / 64, None)
         assert 0 < m["loss_tokens"] <= 64 * m["mean_length"] and 0 <= m["clip_fraction"] < 0.1 and m["kl"] is None
         assert 0 < m["entropy"] < 1 and 0 < m["grad_norm"] < 5 and abs(m["loss"]) < 1  # stage 2: only Â > 0
         assert m["logp_gap"] <= m["logp_gap_max"] < 1e-4  # engine and trainer are the same model
-        assert m["empty_updates"] == m["nonfinite_updates"] == m["dropped_errors"] == m["truncated"] == m["capped_fraction"] == 0
-        assert set(m["seconds"]) >= {"push", "rollout", "grading", "waiting", "update"} and m["tokens_per_second"] > 100
+        assert (
+            m["empty_updates"]
+            == m["nonfinite_updates"]
+            == m["dropped_errors"]
+            == m["truncated"]
+            == m["capped_fraction"]
+            == 0
+        )
+        assert (
+            set(m["seconds"]) >= {"push", "rollout", "grading", "waiting", "update"} and m["tokens_per_second"] > 100
+        )
         assert 0.1 < m["peak_memory_gb"] < 8
     assert [("eval_accuracy" in m) for m in standard.metrics] == [True, False, False, True, False, False, True]
     assert not same_weights(standard.weights, START)
@@ -135,7 +155,13 @@ def test_stages_pool_and_prompts_follow_from_the_samples(standard):
 
 def test_verdicts_are_the_graders(standard):
     def graded(r):  # Eq. 11: without its two sections a correction has no solution
-        return r["response"] if r["stage"] == 1 else r["response"].rpartition("Corrected Solution:")[2] if r["analysis"] else ""
+        return (
+            r["response"]
+            if r["stage"] == 1
+            else r["response"].rpartition("Corrected Solution:")[2]
+            if r["analysis"]
+            else ""
+        )
 
     with Grader(deadline=PATIENCE) as grader:
         verdicts = grader.verdicts([graded(r) for r in standard.samples], [r["answer"] for r in standard.samples])
@@ -223,13 +249,13 @@ def test_loss_and_gradient_are_the_equations(flags, launch, tmp_path, monkeypatc
     monkeypatch.setattr(TransformersEngine, "generate", disagreeing)
     monkeypatch.setattr(train, "make_examples", keep_groups)
     monkeypatch.setattr(train, "update", watched_update)
-    run = launch(tmp_path / "run", *"--steps 2 --questions_per_step 6 --pool_trigger 6 --min_variance 0 --errors_per_question 2".split(),
-                 "--learning_rate", 1e-3, *flags)  # fmt: skip
+    small = "--steps 2 --questions_per_step 6 --pool_trigger 6 --min_variance 0 --errors_per_question 2"
+    run = launch(tmp_path / "run", *small.split(), "--learning_rate", 1e-3, *flags)
     assert [m["stage"] for m in run.steps] == [1, 2]
 
     U, beta = int(option["--updates_per_rollout"]), float(option.get("--beta", 0))
-    how = {"clip_low": 0.2, "clip_high": float(option.get("--clip_high", 0.2)), "beta": beta, "reduction": option["--reduction"],
-           "longest": 160}  # fmt: skip
+    how = {"clip_low": 0.2, "clip_high": float(option.get("--clip_high", 0.2)), "beta": beta,
+           "reduction": option["--reduction"], "longest": 160}  # fmt: skip
     reference = {name: value.double() for name, value in START.items()}
     losses = [[], []]
     for place, (i, weights, gradients) in enumerate(steps):
@@ -247,8 +273,13 @@ def test_loss_and_gradient_are_the_equations(flags, launch, tmp_path, monkeypatc
         if stage == 1:
             J, gradient, _ = oracle.stage_one(*rows, **how)
         else:
-            spans, success = [span for g in groups for span in g.spans], [reward == 1 for g in groups for reward in g.rewards]
-            J, gradient, _ = oracle.stage_two(*rows, spans, success, **how, success_conditioned="--no_success_conditioned" not in flags)
+            spans, success = (
+                [span for g in groups for span in g.spans],
+                [reward == 1 for g in groups for reward in g.rewards],
+            )
+            J, gradient, _ = oracle.stage_two(
+                *rows, spans, success, **how, success_conditioned="--no_success_conditioned" not in flags
+            )
         losses[i].append(-J)
         sum((torch.tensor(g) * row).sum() for g, row in zip(gradient, logp)).neg().backward()
         for (name, p), ours in zip(model.named_parameters(), gradients, strict=True):
@@ -319,7 +350,9 @@ def test_tokens_that_carry_loss(flags, launch, tmp_path, watched, tokenizer):
     ones, twos = watched.stage(run, 1), watched.stage(run, 2)
     check_advantages(ones), check_advantages(twos)
     for group, sample, _, example in ones:
-        assert carried(group, sample, example) == list(range(example.counted)) and example.counted == len(sample.token_ids)
+        assert carried(group, sample, example) == list(range(example.counted)) and example.counted == len(
+            sample.token_ids
+        )
     negative = 0
     for group, sample, span, example in twos:
         success = group.verdicts[next(i for i, s in enumerate(group.samples) if s is sample)] == "right"
@@ -328,7 +361,9 @@ def test_tokens_that_carry_loss(flags, launch, tmp_path, watched, tokenizer):
         if "prefix" in flags and span:
             assert span[0] == 0
         where = range(len(sample.token_ids)) if "response" in flags else range(*span) if span else range(0)
-        assert example.counted == len(where)  # a failed one counts too, one without an analysis counts 0 but is one of S
+        assert example.counted == len(
+            where
+        )  # a failed one counts too, one without an analysis counts 0 but is one of S
         assert carried(group, sample, example) == (list(where) if success or "--no_success" in flags else [])
         if not success and example.mask.any() and example.advantage:
             negative += 1
@@ -372,13 +407,19 @@ def test_without_a_loss_token_nothing_moves_and_the_visit_warns(launch, tmp_path
     monkeypatch.setattr(train.MasterAdamW, "step", lambda *_: steps.append(_))
     run = launch(tmp_path / "run", "--train_stages", 2, "--min_variance", 0)
     visited = [m for m in run.steps if m["stage"] == 2]
-    assert not steps and all(same_weights(weights, history[0]) for weights in history) and same_weights(run.weights, START)
-    assert visited and all((m["empty_updates"], m["loss_tokens"], m["loss"], m["grad_norm"]) == (2, 0, None, None) for m in visited)
+    assert (
+        not steps
+        and all(same_weights(weights, history[0]) for weights in history)
+        and same_weights(run.weights, START)
+    )
+    assert visited and all(
+        (m["empty_updates"], m["loss_tokens"], m["loss"], m["grad_norm"]) == (2, 0, None, None) for m in visited
+    )
     assert any("visit 1 to stage 2 ended without a single loss token" in line for line in run.errors)
 
 
 def test_momentum_does_not_move_weights_in_an_empty_update(launch, tmp_path, monkeypatch):
-    """Both stages trained, but stage 2 without a loss token: after real steps, Adam has a momentum to be kept still."""
+    """Both stages trained, stage 2 without a loss token: after real steps Adam has a momentum to be kept still."""
     empty = lambda spans, width, success: train.torch.zeros(len(spans), width, dtype=torch.bool)
     monkeypatch.setattr(train, "analysis_mask", empty)
     history = track_weights(monkeypatch)
@@ -395,7 +436,9 @@ def test_grpo_has_no_pool_and_no_second_stage(launch, tmp_path, standard):
     run = launch(tmp_path / "run", "--algorithm", "grpo", "--steps", 3)
     assert all(m["stage"] == 1 and m["pool_size"] is None and m["visits"] == 0 for m in run.steps)
     same = [{k: v for k, v in m.items() if k not in ("pool_size", "eval_accuracy")} for m in run.comparable()[1:3]]
-    assert same == [{k: v for k, v in m.items() if k != "pool_size"} for m in standard.comparable()[1:3]]  # as ScRPO's stage 1
+    assert same == [
+        {k: v for k, v in m.items() if k != "pool_size"} for m in standard.comparable()[1:3]
+    ]  # as ScRPO's stage 1
 
 
 def test_dapo_replaces_equal_groups_and_punishes_length(launch, tmp_path, watched, spy):
@@ -403,8 +446,15 @@ def test_dapo_replaces_equal_groups_and_punishes_length(launch, tmp_path, watche
     drawn, losses = spy(train, "sample_groups"), spy(train, "policy_loss")
     run = launch(tmp_path / "run", "--algorithm", "dapo", "--steps", 2, "--max_new_tokens", 46, "--overlong_cache", 8)
     saved = json.loads((run.folder / "settings.json").read_text())
-    assert (saved["clip_high"], saved["reduction"], saved["dynamic_sampling"], saved["overlong_cache"]) == (0.28, "dapo", 4, 8)
-    assert all((k["clip_low"], k["clip_high"], k["reduction"], k["beta"]) == (0.2, 0.28, "dapo", 0) for _, k, _ in losses)
+    assert (saved["clip_high"], saved["reduction"], saved["dynamic_sampling"], saved["overlong_cache"]) == (
+        0.28,
+        "dapo",
+        4,
+        8,
+    )
+    assert all(
+        (k["clip_low"], k["clip_high"], k["reduction"], k["beta"]) == (0.2, 0.28, "dapo", 0) for _, k, _ in losses
+    )
     rounds, drawn_so_far = iter(drawn), 0
     punished = 0
     for m, (groups, examples) in zip(run.steps, watched.rollouts, strict=True):
@@ -417,38 +467,41 @@ def test_dapo_replaces_equal_groups_and_punishes_length(launch, tmp_path, watche
         assert len(kept) == 8 and [g.problem for g in groups] == [g.problem for g in kept]
         assert m["discarded_groups"] == len(all_groups) - 8
         drawn_so_far += len(all_groups)
-        assert m["questions"] == drawn_so_far and m["samples"] == 8 * drawn_so_far  # discarded ones count in every budget
+        assert (
+            m["questions"] == drawn_so_far and m["samples"] == 8 * drawn_so_far
+        )  # discarded ones count in every budget
         for b, group in enumerate(groups):
             punishment = [oracle.overlong(len(s.token_ids), 46, 8) for s in group.samples]
             rewards = [r + p for r, p in zip(group.rewards, punishment)]
-            assert [e.advantage for e in examples[8 * b : 8 * b + 8]] == pytest.approx(oracle.advantages(rewards), abs=1e-4)
+            assert [e.advantage for e in examples[8 * b : 8 * b + 8]] == pytest.approx(
+                oracle.advantages(rewards), abs=1e-4
+            )
             punished += sum(p < 0 for p in punishment)
     assert next(rounds, None) is None and punished and sum(m["discarded_groups"] for m in run.steps) > 0
-    seeds = [seed for _, keywords, _ in spy_seeds(drawn) for seed in keywords]
-    assert len(set(seeds)) == len(seeds)
-
-
-def spy_seeds(drawn):
-    """The (question, answer) texts drawn in each round, to see that no question comes twice."""
-    return [(None, [task[0] for task in tasks], None) for (_, _, tasks, *_), _, _ in drawn]
+    asked = [problem for (_, _, tasks, *_), _, _ in drawn for problem, *_ in tasks]
+    assert len(set(asked)) == len(asked)  # no question twice
 
 
 def test_dynamic_sampling_is_bounded(launch, tmp_path, monkeypatch, watched):
     monkeypatch.setattr(Grader, "verdicts", lambda self, responses, golds: ["right"] * len(responses))
-    run = launch(tmp_path / "run", "--algorithm", "dapo", "--steps", 1, "--dynamic_sampling", 3, "--overlong_cache", 0)
+    run = launch(
+        tmp_path / "run", "--algorithm", "dapo", "--steps", 1, "--dynamic_sampling", 3, "--overlong_cache", 0
+    )
     (m,) = run.steps
     assert (m["discarded_groups"], m["questions"], m["samples"], m["right"]) == (16, 24, 192, 64)
     assert (m["empty_updates"], m["loss"], m["loss_tokens"]) == (2, None, 0) and same_weights(run.weights, START)
 
 
 def test_all_seeds_of_a_run_differ(launch, tmp_path, spy):
-    """Training in both stages, DAPO's further rounds, evaluation and its corrections: no sample shares another's randomness."""
+    """Both stages, DAPO's further rounds, evaluation and its corrections: no two samples share their randomness."""
     calls = spy(TransformersEngine, "generate")
     for algorithm in ("scrpo", "dapo"):
         calls.clear()
-        launch(tmp_path / algorithm, "--algorithm", algorithm, "--steps", 3, "--min_variance", 0, "--eval_questions", 32, "--max_new_tokens", 60,
-               "--eval_every", 0)  # fmt: skip
-        answers, corrections, *training, _, _ = [[seed for row in keywords["seeds"] for seed in row] for _, keywords, _ in calls]
+        flags = "--steps 3 --min_variance 0 --eval_questions 32 --max_new_tokens 60 --eval_every 0"
+        launch(tmp_path / algorithm, "--algorithm", algorithm, *flags.split())
+        answers, corrections, *training, _, _ = [
+            [seed for row in keywords["seeds"] for seed in row] for _, keywords, _ in calls
+        ]
         seeds = answers + corrections + [seed for rollout in training for seed in rollout]
         assert len(set(seeds)) == len(seeds) > 3 * 64
         assert sample_seed(0, 1, 0, 0) in seeds
@@ -464,7 +517,9 @@ def test_a_reference_is_loaded_only_for_a_kl_term(beta, launch, tmp_path, spy):
     if beta:
         assert torch.allclose(losses[0][0][0], losses[0][0][2], atol=1e-5)  # at first pi_ref = pi_theta
         assert all(m["kl"] > 1e-6 for m in run.steps)
-        assert sum(m["loss_tokens"] for m in run.steps) == run.steps[-1]["tokens"]  # groups of equal rewards have a KL too
+        assert (
+            sum(m["loss_tokens"] for m in run.steps) == run.steps[-1]["tokens"]
+        )  # groups of equal rewards have a KL too
     else:
         assert run.steps[0]["kl"] is None and sum(m["loss_tokens"] for m in run.steps) < run.steps[-1]["tokens"]
 
@@ -475,7 +530,9 @@ def test_other_machine_settings_change_no_number(launch, tmp_path):
         ("", "--micro_batch_tokens 700 --logprob_chunk 64", "--gradient_checkpointing"))]  # fmt: skip
     for m, *others in zip(*(run.steps for run in runs)):
         for other in others:
-            assert other["loss"] == pytest.approx(m["loss"], abs=1e-5) and other["grad_norm"] == pytest.approx(m["grad_norm"], rel=1e-3)
+            assert other["loss"] == pytest.approx(m["loss"], abs=1e-5) and other["grad_norm"] == pytest.approx(
+                m["grad_norm"], rel=1e-3
+            )
             assert other["tokens"] == m["tokens"] and other["loss_tokens"] == m["loss_tokens"]
 
 
@@ -493,7 +550,11 @@ def test_bf16_keeps_fp32_masters(launch, tmp_path, monkeypatch):
     flags = "--precision bf16 --learning_rate 1e-6 --steps 4 --save_every 2 --algorithm grpo".split()
     whole = launch(tmp_path / "whole", *flags)
     moved = [(a != b).float().mean().item() for a, b in zip(masters[0].values(), masters[-1].values())]
-    assert whole.code == 0 and sum(moved) / len(moved) > 0.9 and all(m.dtype == torch.float32 for m in masters[0].values())
+    assert (
+        whole.code == 0
+        and sum(moved) / len(moved) > 0.9
+        and all(m.dtype == torch.float32 for m in masters[0].values())
+    )
     expected = masters[-1]
     launch(tmp_path / "half", *flags, "--steps", 2)
     half = launch(tmp_path / "half", *flags, "--resume")
@@ -517,7 +578,9 @@ def test_gradients_are_clipped_by_the_global_norm(launch, tmp_path, monkeypatch)
     seen, adam = [], torch.optim.AdamW.step
 
     def watched_step(self, *rest):
-        seen.append(torch.nn.utils.get_total_norm([p.grad for group in self.param_groups for p in group["params"]]).item())
+        seen.append(
+            torch.nn.utils.get_total_norm([p.grad for group in self.param_groups for p in group["params"]]).item()
+        )
         return adam(self, *rest)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", watched_step)
@@ -539,7 +602,11 @@ def test_stale_weights_raise_the_alarm(launch, tmp_path, monkeypatch):
 
 def test_two_ranks_do_the_same_run_as_one(launch, ranks, tmp_path):
     """Same samples in the same order, losses within 1e-5, for 5 steps; each question once an epoch of stage 1."""
-    flags = ["--train_data", toy_problems(tmp_path, 24), *"--steps 5 --samples_per_step -1 --eval_questions 16 --min_variance 0.1".split()]
+    flags = [
+        "--train_data",
+        toy_problems(tmp_path, 24),
+        *"--steps 5 --samples_per_step -1 --eval_questions 16 --min_variance 0.1".split(),
+    ]
     pair = ranks(tmp_path / "two", *flags)
     one, two = launch(tmp_path / "one", *flags), pair.result()
     assert one.code == two.code == 0, two.err
@@ -547,8 +614,8 @@ def test_two_ranks_do_the_same_run_as_one(launch, ranks, tmp_path):
     for a, b in zip(one.metrics, two.metrics, strict=True):
         for name in ("loss", "grad_norm", "entropy", "logp_gap"):
             assert b.get(name) == pytest.approx(a.get(name), abs=1e-5), name
-        exact = {"step", "stage", "accuracy", "correction_success", "pool_size", "questions", "samples", "tokens", "loss_tokens",
-                 "eval_accuracy", "eval_correction", "right"}  # fmt: skip
+        exact = {"step", "stage", "accuracy", "correction_success", "pool_size", "questions", "samples", "tokens",
+                 "loss_tokens", "eval_accuracy", "eval_correction", "right"}  # fmt: skip
         assert all(a.get(name) == b.get(name) for name in exact)
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(one.weights.values(), two.weights.values()))
     asked = [r["problem"] for r in two.samples if r["stage"] == 1]
@@ -561,10 +628,19 @@ def test_two_ranks_do_the_same_run_as_one(launch, ranks, tmp_path):
 
 
 def test_an_epoch_asks_each_question_once_and_may_end_the_run(launch, tmp_path):
-    run = launch(tmp_path / "run", "--train_data", toy_problems(tmp_path, 24), *"--epochs 2 --algorithm grpo --steps 99 --samples_per_step -1".split())
+    run = launch(
+        tmp_path / "run",
+        "--train_data",
+        toy_problems(tmp_path, 24),
+        *"--epochs 2 --algorithm grpo --steps 99 --samples_per_step -1".split(),
+    )
     problems = [p.problem for p in load_problems(str(toy_problems(tmp_path, 24)))]
     asked = [r["problem"] for r in run.samples][::8]
-    assert len(run.steps) == 6 and sorted(asked[:24]) == sorted(asked[24:]) == sorted(problems) and asked[:24] != asked[24:]
+    assert (
+        len(run.steps) == 6
+        and sorted(asked[:24]) == sorted(asked[24:]) == sorted(problems)
+        and asked[:24] != asked[24:]
+    )
     assert (run.folder / "final").is_dir()
 
 
@@ -580,17 +656,27 @@ def test_prompts_that_do_not_fit_are_left_out_named_and_counted(launch, tmp_path
     assert "1 of 10 problems" in run.errors[0] and "'1+1+1+1+" in run.errors[0] and "context of 300" in run.errors[0]
     assert not any("1+1+" in r["problem"] for r in run.samples)
     run = launch(tmp_path / "none", "--train_data", data, "--steps", 1, "--max_context", 170)
-    assert run.code == 2 and re.match(r"error: --train_data .*no prompt fits the context of 170 tokens.*lower it", run.errors[-1])
+    assert run.code == 2 and re.match(
+        r"error: --train_data .*no prompt fits the context of 170 tokens.*lower it", run.errors[-1]
+    )
 
 
 def test_corrections_that_do_not_fit_drop_their_error(launch, tmp_path, tokenizer):
     """A context that holds every solution prompt and no correction prompt."""
     longest = max(len(render(tokenizer, solution_prompt(p.problem))) for p in load_problems(str(TOY / "train.jsonl")))
-    run = launch(tmp_path / "run", "--steps", 4, "--max_context", longest + 60, "--max_new_tokens", 60, "--min_variance", 0)
+    run = launch(
+        tmp_path / "run", "--steps", 4, "--max_context", longest + 60, "--max_new_tokens", 60, "--min_variance", 0
+    )
     visits = [m for m in run.steps if m["stage"] == 2]
-    assert visits and all(m["correction_success"] is None and m["well_formed"] is None and m["loss_tokens"] == 0 for m in visits)
+    assert visits and all(
+        m["correction_success"] is None and m["well_formed"] is None and m["loss_tokens"] == 0 for m in visits
+    )
     before = run.steps[run.steps.index(visits[0]) - 1]
-    assert visits[0]["pool_size"] == 0 and visits[0]["dropped_errors"] == before["pool_size"] and visits[0]["samples"] == before["samples"]
+    assert (
+        visits[0]["pool_size"] == 0
+        and visits[0]["dropped_errors"] == before["pool_size"]
+        and visits[0]["samples"] == before["samples"]
+    )
     assert run.out.count("dropped an error: its correction prompt has") == run.steps[-1]["dropped_errors"] > 0
     assert any("without a single loss token" in line for line in run.errors)
 
@@ -598,7 +684,11 @@ def test_corrections_that_do_not_fit_drop_their_error(launch, tmp_path, tokenize
 @pytest.mark.skipif(not BENCHMARK.exists(), reason="the benchmark files are not beside this repository")
 def test_real_problems_run(launch, tmp_path):
     run = launch(tmp_path / "run", "--train_data", BENCHMARK, "--steps", 2, "--max_new_tokens", 64)
-    assert run.code == 0 and [m["samples"] for m in run.steps] == [64, 128] and not any("error" in line for line in run.errors)
+    assert (
+        run.code == 0
+        and [m["samples"] for m in run.steps] == [64, 128]
+        and not any("error" in line for line in run.errors)
+    )
     assert all(solution_prompt(r["problem"]) in r["prompt"] for r in run.samples)
 
 
@@ -607,11 +697,24 @@ def test_real_problems_run(launch, tmp_path):
 
 def test_settings_file_first_and_flags_win(launch, tmp_path):
     settings = tmp_path / "my.yaml"
-    settings.write_text("questions_per_step: 4\npool_trigger: 5\nsteps: 1\neval_questions: 0\nsuccess_conditioned: false\nbeta: 0\nseed: 7\n")
+    lines = (
+        "questions_per_step: 4",
+        "pool_trigger: 5",
+        "steps: 1",
+        "eval_questions: 0",
+        "success_conditioned: false",
+        "seed: 7",
+    )
+    settings.write_text("\n".join(lines))
     run = launch(tmp_path / "run", "--seed", 8, settings=[settings], tiny=False)
     saved = json.loads((run.folder / "settings.json").read_text())
     assert run.code == 0 and run.steps[-1]["samples"] == 32
-    assert (saved["questions_per_step"], saved["pool_trigger"], saved["success_conditioned"], saved["seed"]) == (4, 5, False, 8)
+    assert (saved["questions_per_step"], saved["pool_trigger"], saved["success_conditioned"], saved["seed"]) == (
+        4,
+        5,
+        False,
+        8,
+    )
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
@@ -639,10 +742,10 @@ def test_help_teaches_every_flag_and_names_trls(capsys):
     for name, field in train.Config.__dataclass_fields__.items():
         assert f"--{name}" in text and len(field.metadata["help"]) > 15
     for name, trl in {
-        "steps": "max_steps", "group_size": "num_generations", "max_new_tokens": "max_completion_length", "temperature": "temperature",
-        "updates_per_rollout": "steps_per_generation", "scale": "scale_rewards", "clip_low": "epsilon", "clip_high": "epsilon_high",
-        "beta": "beta", "reduction": "loss_type", "importance_cap": "vllm_importance_sampling_cap", "learning_rate": "learning_rate",
-        "rollout": "use_vllm",
+        "steps": "max_steps", "group_size": "num_generations", "max_new_tokens": "max_completion_length",
+        "temperature": "temperature", "updates_per_rollout": "steps_per_generation", "scale": "scale_rewards",
+        "clip_low": "epsilon", "clip_high": "epsilon_high", "beta": "beta", "reduction": "loss_type",
+        "importance_cap": "vllm_importance_sampling_cap", "learning_rate": "learning_rate", "rollout": "use_vllm",
     }.items():  # fmt: skip
         assert f"(TRL: {trl})" in train.Config.__dataclass_fields__[name].metadata["help"]
 
@@ -727,7 +830,9 @@ def test_an_output_folder_with_a_run_is_not_touched(launch, tmp_path):
     assert (tmp_path / "other" / "metrics.jsonl").read_text() == "mine\n"
 
 
-@pytest.mark.parametrize("flags,named", [("--pool_trigger 7", "--pool_trigger 7"), ("--train_data none.jsonl", "none.jsonl")])
+@pytest.mark.parametrize(
+    "flags,named", [("--pool_trigger 7", "--pool_trigger 7"), ("--train_data none.jsonl", "none.jsonl")]
+)
 def test_bad_input_ends_every_rank_with_2(flags, named, ranks, tmp_path):
     job = ranks(tmp_path / "run", *flags.split())
     run = job.result()
