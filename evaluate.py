@@ -151,9 +151,15 @@ def start_distributed(timeout_s=1800):
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    timeout = datetime.timedelta(seconds=timeout_s)
+    if alone:
+        store = dist.HashStore()
+    else:  # torchrun keeps one store over its restarts, with stale addresses in it: a name for each start
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=timeout_s),
-        **({"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}),
+        "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout, store=store,
+        rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]),
     )
     return dist.get_rank(), dist.get_world_size(), device
 

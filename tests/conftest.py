@@ -228,8 +228,7 @@ class Torchrun(subprocess.Popen):
         command = [*launcher, *elastic,
                    script or ROOT / "train.py", *TINY * tiny, "--output_dir", folder, *flags]  # fmt: skip
         environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
-        # torchrun keeps one store over its restarts, stale addresses in it, unless told otherwise: pytorch#135712.
-        environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         super().__init__([str(part) for part in command], cwd=ROOT, text=True, start_new_session=True, env=environment,
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
 
