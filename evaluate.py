@@ -38,6 +38,7 @@ import json
 import math
 import os
 import sys
+import time
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -180,6 +181,8 @@ def warn(message, kind="warning"):
 def fail(message):
     """One line from rank 0, exit code 2 on all. Every rank must call it: one left behind would wait."""
     warn(message, "error")
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(1)  # with the first process that ends torchrun ends all: rank 0 speaks before that
     raise SystemExit(2)
 
 

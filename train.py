@@ -1094,6 +1094,7 @@ def set_up(arguments: list[str]) -> Run:
     """Builds everything, on all ranks together."""
     # First of all: if a rank failed while rank 0 is still importing, torchrun would end rank 0 before it says why.
     rank, world, device = start_distributed()
+    gather([])  # nor may one leave while another is still being connected
     config, error = parse(arguments), None
     run = Run(config)
     run.rank, run.world, run.device = rank, world, device
