@@ -715,11 +715,12 @@ def train(run: Run) -> None:
         record(run, {"step": step, "stage": state.stage, "accuracy": None, "correction_success": None} | metrics, groups)
         alarm(run, metrics)
         show_progress(bar, run, metrics)
-        run.stop = any(gather([run.stop]))  # SIGTERM may reach the ranks in different steps
-        if last or run.stop or step % config.save_every == 0:
+        stop = any(gather([run.stop]))  # SIGTERM may reach the ranks in different steps
+        run.stop |= stop  # not `=`: it may have come during the gather, and holds for the next step then
+        if last or stop or step % config.save_every == 0:
             save_checkpoint(run, boundary(run))
             prune_checkpoints(run)
-        if last or run.stop:
+        if last or stop:
             break
     bar.close()
 

@@ -454,6 +454,24 @@ def test_sigterm_while_a_checkpoint_is_written(ranks, pair, tmp_path):
     resumed(job, ranks, pair, said="resumed after step 4")
 
 
+def test_sigterm_while_the_ranks_agree_whether_to_stop_is_not_lost(launch, whole, tmp_path, monkeypatch):
+    """They agree not to, and before the next rollout it is seen: not one more step."""
+    gather = train.gather
+
+    def gathered(items):
+        if items == [False]:  # `run.stop` at the end of step 3
+            os.kill(os.getpid(), 15)
+        return gather(items)
+
+    monkeypatch.setattr(train, "gather", gathered)
+    run = launch(back_to(whole, 2, tmp_path / "run"), *FLAGS, "--steps", 5, "--resume")
+    assert run.code == 0 and not run.errors and run.metrics[-1]["step"] == 3 and not (run.folder / "final").exists()
+    monkeypatch.undo()
+    run = launch(run.folder, *FLAGS, "--steps", 4, "--resume")
+    assert "resumed after step 3" in run.out
+    assert_same(run, whole, steps=4)
+
+
 def test_sigterm_twice_is_sigterm(launch, whole, tmp_path, monkeypatch):
     save = train.save_checkpoint
     monkeypatch.setattr(train, "save_checkpoint", lambda *a: (os.kill(os.getpid(), 15), save(*a)))
