@@ -155,9 +155,11 @@ def start_distributed(timeout_s=1800):
     timeout = datetime.timedelta(seconds=timeout_s)
     if alone:
         store = dist.HashStore()
-    else:  # torchrun keeps one store over its restarts, with stale addresses in it: a name for each start
+    else:
         store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
-        store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":  # not on several nodes: their restart counts may differ
+            # torchrun keeps one store over its restarts, with stale addresses in it: a name for each start
+            store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout, store=store,
         rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]),
