@@ -554,17 +554,22 @@ def load_benchmarks(c):
     return benchmarks
 
 
+def load_policy(source, dtype, device):
+    """(model in eval mode, tokenizer) from a folder or the hub; ValueError, one line, if it is neither. train's too."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device).eval(), tokenizer
+    except Exception as error:  # OSError, ValueError, SafetensorError: loaders have no common class
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"--model {source}: no model can be loaded from there ({first[:200]}); name a folder or a hub "
+                         "id") from error
+
+
 def load_model(c, device):
     """(model, tokenizer, engine, longest response); ValueError, one line, if the checkpoint is none."""
     precision = c.precision if c.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
     disable_progress_bar()
-    try:
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-        model = AutoModelForCausalLM.from_pretrained(c.model, dtype=dtype).to(device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(c.model)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--model {c.model} is neither a checkpoint's folder nor a hub id that loads: "
-                         + " ".join(str(error).split())[:200]) from None
+    model, tokenizer = load_policy(c.model, {"fp32": torch.float32, "bf16": torch.bfloat16}[precision], device)
     context = model.config.max_position_embeddings
     length = c.max_new_tokens or min(32768, context // 2)
     engine = make_engine(c.rollout, model, tokenizer, model_path=c.model, seed=c.seed,

@@ -60,11 +60,12 @@ import yaml
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
 from error_pool import ErrorPool, after_thinking, correction_prompt, next_stage
-from evaluate import accuracy, fail, flag, gather, sample_answers, sample_corrections, start_distributed, warn
+from evaluate import (accuracy, fail, flag, gather, load_policy, sample_answers, sample_corrections, start_distributed,
+                      warn)
 from loss import (analysis_mask, carries_gradient, deal, group_advantages, importance_weights, overlong_punishment,
                   policy_loss, step_denominator, token_logprobs)
 from reward import Grader, find_correction
@@ -247,12 +248,10 @@ def trial_and_error(run, step: int) -> tuple[list[Group], list[Example], dict]:
     groups, discarded = draw_questions(run, step)
     rewards = torch.tensor([group.rewards for group in groups])  # Eq. 1 [B,G]
     lengths = torch.tensor([[len(sample.token_ids) for sample in group.samples] for group in groups])  # [B,G]
+    shaped = rewards
     if config.overlong_cache:
-        advantages = group_advantages(  # Eqs. 2, 15
-            rewards + overlong_punishment(lengths, config.max_new_tokens, config.overlong_cache), config.scale
-        )
-    else:
-        advantages = group_advantages(rewards, config.scale)  # Eq. 2
+        shaped = rewards + overlong_punishment(lengths, config.max_new_tokens, config.overlong_cache)  # Eq. 15
+    advantages = group_advantages(shaped, config.scale)  # Eq. 2
     if run.pool is not None:
         for g in groups:
             finished = [sample.finished for sample in g.samples]
@@ -1055,13 +1054,7 @@ def load_all(run: Run) -> None:
     """Tokenizer, model and problems; ValueError or OSError, in words for the user, where one cannot be had."""
     config = run.config
     run.problems, run.eval_problems = load_problems(config.train_data), load_problems(config.eval_data)
-    try:
-        run.tokenizer = AutoTokenizer.from_pretrained(config.model)
-        run.model = AutoModelForCausalLM.from_pretrained(config.model, dtype="auto").to(run.device)
-    except Exception as error:  # OSError, ValueError, SafetensorError: loaders have no common class
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"--model {config.model}: no model can be loaded from there ({first}); name a folder or a hub "
-                         "id") from error
+    run.model, run.tokenizer = load_policy(config.model, "auto", run.device)
     for module in run.model.modules():  # with dropout pi_theta would be a random function, and the ratio never 1
         for name in ("p", "dropout", "attention_dropout"):
             if isinstance(getattr(module, name, None), float):
@@ -1114,7 +1107,7 @@ def set_up(arguments: list[str]) -> Run:
     bf16 = config.precision == "bf16" or (config.precision == "auto" and run.device.type == "cuda")
     dtype = torch.bfloat16 if bf16 else torch.float32
     if config.beta:
-        reference = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype).to(run.device).eval()
+        reference, _ = load_policy(config.model, dtype, run.device)
         run.reference = Policy(reference.requires_grad_(False), config.temperature, config.logprob_chunk)
     else:
         run.reference = None  # pi_ref is not even loaded
