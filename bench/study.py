@@ -1,8 +1,8 @@
 """A miniature study of ScRPO on the embedded toy: does it help, by how much, and which part of it does?
 
     python bench/study.py                    # the core: what is missing in runs/study is run, then RESULTS.md is written
-    python bench/study.py --only scarce      # one group of it: budgets, stage2 or scarce
-    python bench/study.py --full             # the sweeps too: groups rates, pool and shaky
+    python bench/study.py --only scarce      # one group of it: budgets, stage2, scarce or hard
+    python bench/study.py --full             # the sweeps too: groups rates and pool
     python bench/study.py --report           # only tables and figure, from the runs that are there
     python bench/study.py --time             # measure bench/seconds_per_step.json again, on an idle machine
 
@@ -44,8 +44,9 @@ ROOT = BENCH.parent
 SECONDS = BENCH / "seconds_per_step.json"
 BASE = ("--schedule constant --rollout auto --steps 2000 --save_every 100000 --eval_every 0 --samples_per_step 0 "
         "--grader_workers 1 --learning_rate 5e-4")  # fmt: skip
-SEEDS = {"budgets": 8, "stage2": 5, "scarce": 8, "rates": 5, "pool": 5, "shaky": 5, "smoke": 1}  # of each group
-CORE = ("budgets", "stage2", "scarce")
+SEEDS = {"budgets": 8, "stage2": 5, "scarce": 8, "hard": 8, "rates": 5, "pool": 5, "smoke": 1}  # of each group
+CORE = ("budgets", "stage2", "scarce", "hard")
+HARD = ("--digits", "4", "--seed", "1", "--steps", "400")  # of make_toy.py: longer sums, other misconceptions, less training
 RULES = {"analysis": "", "all tokens": "--credit response", "both signs": "--success_conditioned False"}  # who gets credit
 RATES, MORE_RATES = ("2.5e-4", "5e-4"), ("1.25e-4", "1e-3")  # --full adds the latter
 STAGE2 = "Stage 2 alone: no gradient from stage 1, equal corrections"  # two tables' titles
@@ -63,7 +64,7 @@ class Arm:
     flags: str = ""  # of train.py
     fork: str = ""  # a name in FORKS
     labels: int = 0  # training questions, another set for each seed; 0: all 6,000
-    toy: str = "toy"  # or shaky: another policy, from a shorter training and with other misconceptions
+    toy: str = "toy"  # or hard: another policy and its task, made with the flags HARD
 
 
 def make_arms(smoke: bool = False) -> dict[str, Arm]:
@@ -86,11 +87,11 @@ def make_arms(smoke: bool = False) -> dict[str, Arm]:
             arms[f"{rule}, {rate}"] = Arm("corrections", corrections, f"{alone} {flags} --learning_rate {rate}")
     for fork in FORKS:
         arms[fork] = Arm("corrections", corrections, f"{alone} --learning_rate 5e-4", fork)
-    # Scarce labels: 16 steps of half the size over 32 questions, so each is seen 8 times; once more from a shaky start.
+    # Scarce labels: 16 steps of half the size over 32 questions, so each is seen 8 times; once more, on the harder toy.
     half = f"--questions_per_step {B // 2} --group_size {G} --pool_trigger {B // 2}"
     few = {unit: value / 3 for unit, value in amount.items()}  # 16 half steps are a third of 24 whole ones
-    arms["shaky vanilla"] = Arm("samples", 0, f"{half} --steps 0", toy="shaky")
-    for name, toy in (("scarce", "toy"), ("shaky", "shaky")):
+    arms["hard vanilla"] = Arm("samples", 0, f"{half} --steps 0", toy="hard")
+    for name, toy in (("scarce", "toy"), ("hard", "hard")):
         arms[f"{name} GRPO"] = Arm("samples", few["samples"], f"{half} --algorithm grpo", labels=32, toy=toy)
         for method, flags in (("ScRPO", ""), ("ScRPO all errors", " --errors_per_question 8")):
             for unit in few:
@@ -122,7 +123,7 @@ def make_tables(arms: dict[str, Arm], smoke: bool = False) -> list[tuple[str, st
     pairs += [(f"analysis, {rate}", f"{rule}, {rate}") for rule in ("all tokens", "both signs") for rate in RATES]
     tables.append(("stage2", STAGE2,
                    ["vanilla", *(f"{rule}, {rate}" for rule in RULES for rate in RATES), *FORKS], pairs))  # fmt: skip
-    for name, start, more in (("scarce", "vanilla", ""), ("shaky", "shaky vanilla", ", a shakier start")):
+    for name, start, more in (("scarce", "vanilla", ""), ("hard", "hard vanilla", ", longer sums, a shakier start")):
         for unit in ("samples", "questions", "seconds"):
             rows = [f"{name} GRPO", f"{name} ScRPO, {unit}", f"{name} ScRPO all errors, {unit}"]
             title = f"Scarce labels: 32 training questions{more}, equal {unit}"
@@ -312,9 +313,9 @@ def load(options, name: str, arm: Arm, seed: int) -> dict | None:
 def run_all(jobs: list[tuple[str, int]], arms: dict[str, Arm], options) -> None:
     """Runs what has no result yet, `options.jobs` at a time, each in a process with one thread."""
     jobs = [(name, seed) for name, seed in dict.fromkeys(jobs) if load(options, name, arms[name], seed) is None]
-    if any(arms[name].toy == "shaky" for name, _ in jobs) and not (options.work / "shaky/model.safetensors").exists():
-        make = [sys.executable, str(ROOT / "toy/make_toy.py"), "--seed", "1", "--steps", "300", "--measure", "200"]
-        subprocess.run([*make, "--output", str(options.work / "shaky")], check=True)
+    if any(arms[name].toy == "hard" for name, _ in jobs) and not (options.work / "hard/model.safetensors").exists():
+        make = [sys.executable, str(ROOT / "toy/make_toy.py"), *HARD, "--measure", "200", "--output", str(options.work / "hard")]
+        subprocess.run(make, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
     started, done = time.perf_counter(), 0
 
     def run(job):
@@ -431,17 +432,18 @@ What may not be concluded, whatever the numbers: **transfer is built into this t
 (`Step 2: 6+9+0=15 not 16`), so a policy whose analyses improve has practised solving; that learning to diagnose helps to
 solve where the two are different texts is not shown here. Nor does a policy of 0.3 million parameters on three-digit sums
 say how large an effect is on a 1.5B model. "No difference shown" is not "no difference": see `detectable`. Correction of right
-answers is asked with the words for wrong ones, which no arm was trained for. Longer sums are not among the variants:
-`toy/make_toy.py` writes three-digit ones only; the shakier start (its `--steps 300 --seed 1`) runs with `--full`. All seeds
-that were run are shown."""
+answers is asked with the words for wrong ones, which no arm was trained for. The harder toy is
+`toy/make_toy.py --digits 4 --seed 1 --steps 400`: four-digit sums, other misconceptions, a training that ended earlier. All
+seeds that were run are shown."""
 
 
 CLAIMS = (  # in the paper's words or ours, and the difference in held-out accuracy that would show it: (title, arm, arm)
     ("ScRPO solves more than GRPO", "Equal samples", "ScRPO, samples", "GRPO"),
     ("ScRPO solves more than GRPO", "Equal stage-1 questions", "ScRPO, questions", "GRPO"),
     ("ScRPO solves more than GRPO", "Equal seconds", "ScRPO, seconds", "GRPO"),
-    *(("... with scarce labels too", f"Scarce labels: 32 training questions, equal {unit}",
-       f"scarce {method}, {unit}", "scarce GRPO")
+    *((f"... with scarce labels{also} too", f"Scarce labels: 32 training questions{more}, equal {unit}",
+       f"{toy} {method}, {unit}", f"{toy} GRPO")
+      for toy, also, more in (("scarce", "", ""), ("hard", " and longer sums", ", longer sums, a shakier start"))
       for unit in ("samples", "questions", "seconds") for method in ("ScRPO", "ScRPO all errors")),
     ("learning to diagnose teaches to solve", STAGE2, "analysis, 5e-4", "vanilla"),
     ("... because success means something", STAGE2, "analysis, 5e-4", "random success"),
@@ -529,8 +531,11 @@ def report(arms, tables, options) -> None:
                f"Bonferroni's bound, p < {0.05 / m:.5f}.")  # fmt: skip
     begin, end = "<!-- study.py: begin -->", "<!-- study.py: end -->"
     section = "\n".join([begin, "## study.py", "", "![accuracy by arm and seed](study.png)", "", *claims, "",
+                         "![the other tables](study_more.png)", "",
                          EXPLAINED, "", summary, *text, end])  # fmt: skip
-    draw(shown, options.output / "study.png")
+    headline = [title for title in shown if title.startswith(("Equal", "Stage 2"))] or list(shown)  # what README opens with
+    draw({title: shown[title] for title in headline}, options.output / "study.png")
+    draw({title: shown[title] for title in shown if title not in headline}, options.output / "study_more.png")
     path = options.output / "RESULTS.md"
     before, _, rest = (path.read_text() if path.exists() else "# Measured\n\n").partition(begin)
     path.write_text(before + section + (rest.partition(end)[2] or "\n"))
@@ -566,7 +571,7 @@ def draw(shown: dict[str, dict[str, list[dict]]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--only", choices=[group for group in SEEDS if group != "smoke"], help="one group of arms")
-    parser.add_argument("--full", action="store_true", help="all groups: the sweeps and the shakier start too, hours")
+    parser.add_argument("--full", action="store_true", help="all groups: the sweeps too, hours")
     parser.add_argument("--seeds", type=int, help="0 .. n-1 in every group, instead of each group's own number")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "study", help="folder of the runs' results")

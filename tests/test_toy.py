@@ -192,7 +192,7 @@ def test_training_is_a_function_of_the_seed(tokenizer):
         torch.manual_seed(seed)
         rng = random.Random(seed)
         policy = make_toy.make_policy(tokenizer)
-        make_toy.train(policy, tokenizer, make_toy.make_teacher(rng), set(), 2, rng, batch_size=8)
+        make_toy.train(policy, tokenizer, make_toy.make_teacher(rng), set(), 3, 2, rng, batch_size=8)
         return torch.cat([p.detach().flatten() for p in policy.parameters()])
 
     first = trained(0)

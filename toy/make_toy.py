@@ -2,12 +2,13 @@
 
     python toy/make_toy.py                                 # writes over toy/ itself
     python toy/make_toy.py --output /tmp/toy --seed 1      # another policy, with other misconceptions
+    python toy/make_toy.py --output /tmp/toy --digits 4    # longer sums, of which it gets fewer right
 
 The toy exists so that both stages of ScRPO can be watched at work without a GPU. It needs a policy whose
 errors have structure, which puts about half of them right when asked to, and which learns within a few dozen
 steps.
 
-1. Task. Addition of two 3-digit numbers, written digit by digit from the right. A step adds two digits and
+1. Task. Addition of two 3-digit numbers (--digits), written digit by digit from the right. A step adds two digits and
    the carry; its value has two digits, the first of which is the next step's carry. That makes 200 facts in
    all.
 
@@ -107,13 +108,13 @@ def ask(teacher, fact, rng, excluded=None):
 
 
 def walk(x, y, draw):
-    """The three steps of x + y from the right; draw(place, fact) gives their values, and so the carries.
+    """The steps of x + y from the right, one for each digit of x; draw(place, fact) gives their values, and so the carries.
 
     >>> walk(964, 494, lambda place, fact: sum(fact))
     [(4, 4, 0, 8), (6, 9, 0, 15), (9, 4, 1, 14)]
     """
     steps, carry = [], 0
-    for place in range(3):
+    for place in range(len(str(x))):
         fact = (x // 10**place % 10, y // 10**place % 10, carry)
         value = draw(place, fact)
         steps.append((*fact, value))
@@ -157,8 +158,9 @@ def solution_text(steps):
     \boxed{1458}
     """
     lines = [f"Step {n}: {a}+{b}+{carry}={value:02d}" for n, (a, b, carry, value) in enumerate(steps, 1)]
-    ones, tens, hundreds = (value for *_, value in steps)
-    return "\n".join([*lines, f"\\boxed{{{100 * hundreds + 10 * (tens % 10) + ones % 10}}}"])
+    *lower, highest = (value for *_, value in steps)  # of the highest step both digits count
+    total = sum(value % 10 * 10**place for place, value in enumerate(lower)) + highest * 10 ** len(lower)
+    return "\n".join([*lines, f"\\boxed{{{total}}}"])
 
 
 def correction_text(steps, wrong):
@@ -195,9 +197,10 @@ def demonstration(x, y, kind, teacher, rng):
 # ------------------------------------------------------------------------------------------------------------
 # Problems, tokenizer, policy
 # ------------------------------------------------------------------------------------------------------------
-def write_problems(folder, rng, n_train=6000, n_test=1000):
+def write_problems(folder, rng, digits, n_train=6000, n_test=1000):
     """Write train.jsonl and test.jsonl, with no problem in common; return the pairs (x, y) of the test."""
-    pairs = [(100 + n // 900, 100 + n % 900) for n in rng.sample(range(900 * 900), n_train + n_test)]
+    least, count = 10 ** (digits - 1), 9 * 10 ** (digits - 1)
+    pairs = [(least + n // count, least + n % count) for n in rng.sample(range(count**2), n_train + n_test)]
     for name, part in (("test", pairs[:n_test]), ("train", pairs[n_test:])):
         rows = [{"problem": problem_text(x, y), "answer": str(x + y), "source": "toy"} for x, y in part]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -256,7 +259,7 @@ def batch_of(demonstrations, tokenizer):
     return pad_sequence(ids, True, tokenizer.pad_token_id), pad_sequence(labels, True, -100)
 
 
-def train(model, tokenizer, teacher, unseen, steps, rng, batch_size=64, solutions=0.58):
+def train(model, tokenizer, teacher, unseen, digits, steps, rng, batch_size=64, solutions=0.58):
     """Supervised learning on fresh demonstrations of problems that are not in `unseen`.
 
     Solutions take the share `solutions` of batches. Both learning rates fall linearly to 0.
@@ -271,7 +274,7 @@ def train(model, tokenizer, teacher, unseen, steps, rng, batch_size=64, solution
         kind = "solution" if rng.random() < solutions else "correction"
         demonstrations = []
         while len(demonstrations) < batch_size:
-            x, y = rng.randrange(100, 1000), rng.randrange(100, 1000)
+            x, y = (rng.randrange(10 ** (digits - 1), 10**digits) for _ in range(2))
             if (x, y) not in unseen:
                 demonstrations.append(demonstration(x, y, kind, teacher, rng))
         input_ids, labels = batch_of(demonstrations, tokenizer)
@@ -334,6 +337,7 @@ def main():
     )
     parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder to write to")
     parser.add_argument("--seed", type=int, default=0, help="of teacher, problems, demonstrations and policy")
+    parser.add_argument("--digits", type=int, default=3, help="of each number")
     parser.add_argument("--steps", type=int, default=600, help="optimizer steps of supervised learning")
     parser.add_argument("--measure", type=int, default=1000, help="test problems of the final measurement")
     args = parser.parse_args()
@@ -342,10 +346,10 @@ def main():
     torch.manual_seed(args.seed)
 
     teacher = make_teacher(rng)
-    test_pairs = write_problems(args.output, rng)
+    test_pairs = write_problems(args.output, rng, args.digits)
     tokenizer = make_tokenizer()
     model = make_policy(tokenizer)
-    train(model, tokenizer, teacher, set(test_pairs), args.steps, rng)
+    train(model, tokenizer, teacher, set(test_pairs), args.digits, args.steps, rng)
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output, save_jinja_files=False)  # template: in tokenizer_config.json
     measure(model, tokenizer, test_pairs[:args.measure])
