@@ -175,9 +175,9 @@ def gather(items):
 
 
 def warn(message, kind="warning"):
-    """One line, from rank 0 only."""
+    """One line, from rank 0 only, above its progress bar."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"{kind}: {message}", file=sys.stderr, flush=True)
+        tqdm.write(f"{kind}: {message}", file=sys.stderr)
 
 
 def fail(message):
@@ -191,15 +191,30 @@ def fail(message):
 # ================================================================================================ 3. sampling
 
 
-def askable(engine, tokenizer, problems, max_new_tokens):
-    """Indices of the problems whose prompt and longest response fit the context; warns about the others."""
+def askable(engine, tokenizer, problems, max_new_tokens, source):
+    """Indices of the problems whose prompt and longest response fit the context; ValueError if none does.
+
+    The others are named and counted in one line; `source` says where they come from.
+    """
     prompts = [render(tokenizer, solution_prompt(p.problem)) for p in problems]
     fitting = [q for q, prompt in enumerate(prompts) if fits(prompt, max_new_tokens, engine.max_context)]
+    room = f"the context of {engine.max_context} tokens with --max_new_tokens {max_new_tokens}"
+    if not fitting:
+        raise ValueError(f"{source}: no prompt fits {room}; lower it, or raise the context")
     if left_out := sorted(set(range(len(problems))) - set(fitting)):
-        warn(f"{len(left_out)} of {len(problems)} problems are left out: with {max_new_tokens} new tokens they "
-             f"exceed the context of {engine.max_context}; by number: {' '.join(map(str, left_out[:9]))}"
-             + " ..." * (len(left_out) > 9))
+        warn(f"{source}: {len(left_out)} of {len(problems)} problems do not fit {room} and are left out; by number: "
+             f"{', '.join(map(str, left_out[:9]))}{', ...' * (len(left_out) > 9)}; the first: "
+             f"{problems[left_out[0]].problem[:60]!r}")
     return fitting
+
+
+def check_golds(grader, problems, source):
+    """One line, from rank 0, about golds that only a response of the same letters could match."""
+    bad = grader.unparsable([p.answer for p in problems]) if dist.get_rank() == 0 else []
+    if bad:
+        places = ", ".join(f"{q} ({problems[q].answer[:30]!r})" for q in bad[:9])
+        warn(f"{source}: {len(bad)} answers cannot be read as mathematics, and only a response with the same letters is "
+             f"right; by number: {places}{', ...' * (len(bad) > 9)}")
 
 
 def respond(engine, tokenizer, turns, streams, k, seed, **sampling):
@@ -213,14 +228,12 @@ def respond(engine, tokenizer, turns, streams, k, seed, **sampling):
 
 
 def sample_answers(engine, tokenizer, problems, grader, *, k, seed, questions=None, **sampling):
-    """k graded answers to each problem (Eq. 1), or to those numbered in `questions`: sorted, on every rank.
+    """k graded answers to each problem (Eq. 1), or only to those numbered in `questions`: sorted, on every rank.
 
     Collective: question q is the work of rank q mod world. `sampling`: temperature, top_p, max_new_tokens
     and, where one wants it, progress, which is told how many samples of this rank have just ended.
     """
-    if questions is None:
-        questions = askable(engine, tokenizer, problems, sampling["max_new_tokens"])
-    mine = [q for q in questions if q % dist.get_world_size() == dist.get_rank()]
+    mine = [q for q in (range(len(problems)) if questions is None else questions) if q % dist.get_world_size() == dist.get_rank()]
     turns = [solution_prompt(problems[q].problem) for q in mine]
     answers = [{"question": q, **response, "answer": final_answer(response["response"]),
                 "gold": problems[q].answer, "problem": problems[q].problem, "source": problems[q].source}
@@ -583,12 +596,9 @@ def evaluate(c):
     try:
         benchmarks = load_benchmarks(c)
         model, tokenizer, engine, length = load_model(c, device)
+        asked = {name: askable(engine, tokenizer, problems, length, name) for name, problems in benchmarks.items()}
     except ValueError as error:
         fail(error)
-    asked = {name: askable(engine, tokenizer, problems, length) for name, problems in benchmarks.items()}
-    if empty := [name for name in asked if not asked[name]]:
-        fail(f"{empty[0]}: no prompt leaves {length} tokens of a context of {engine.max_context}; "
-             "lower --max_new_tokens")
     own_k = lambda name: 1 if c.temperature == 0 else BENCHMARKS.get(name, ("", OTHER_K))[1]
     k = {name: c.k or own_k(name) for name in benchmarks}
     sampling = {"temperature": c.temperature, "top_p": c.top_p, "max_new_tokens": length, "seed": c.seed}
@@ -612,10 +622,8 @@ def evaluate(c):
     tasks = [(name, q) for name in benchmarks for q in asked[name]]
 
     with Grader(workers=c.grader_workers) as grader:
-        for name, problems in benchmarks.items() if rank == 0 else ():
-            if bad := grader.unparsable([p.answer for p in problems]):
-                warn(f"{name}: {len(bad)} golds cannot be read as mathematics and count by their text only, "
-                     f"the first is {problems[bad[0]].answer[:60]!r}")
+        for name, problems in benchmarks.items():
+            check_golds(grader, problems, name)
 
         def answer(name, questions, progress):
             return sample_answers(engine, tokenizer, benchmarks[name], grader, k=k[name], questions=questions,
@@ -714,7 +722,7 @@ def compare(c):
         differences[label] = dict(zip([*shared, "average"], cells))
         rows.append([f"{label} − {labels[0]}", *(f"{100 * d:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
                                                  for d, low, high in cells)])
-    for method, aime, five in PAPER:  # never without saying whose figures they are
+    for method, aime, five in PAPER if set(shared) & set(BENCHMARKS) else ():  # never without saying whose figures they are
         cells = [aime if name == "aime24" else "" for name in shared] + [five]
         rows += [[f"{method}, reported by the paper, not measured here", *cells]] * any(cells)
     header = [f"{name}, {len(questions)} questions" for name, questions in shared.items()]

@@ -64,8 +64,8 @@ from transformers import HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
 from error_pool import ErrorPool, after_thinking, correction_prompt, next_stage
-from evaluate import (accuracy, fail, flag, gather, load_policy, sample_answers, sample_corrections, start_distributed,
-                      warn)
+from evaluate import (accuracy, askable, check_golds, fail, flag, gather, load_policy, sample_answers,
+                      sample_corrections, start_distributed, warn)
 from loss import (analysis_mask, carries_gradient, deal, group_advantages, importance_weights, overlong_punishment,
                   policy_loss, step_denominator, token_logprobs)
 from reward import Grader, find_correction
@@ -655,6 +655,7 @@ class Run:
     pool: Optional[ErrorPool]  # None for the baselines
     problems: list[Problem]
     eval_problems: list[Problem]
+    eval_asked: list[int]  # which of them are asked at an evaluation
     state: State
 
     boundary: Optional[dict] = None  # `boundary` before the current step, as long as the weights are those of then
@@ -755,16 +756,17 @@ def alarm(run: Run, metrics: dict) -> None:
 def evaluate_policy(run: Run) -> dict:
     """Held-out accuracy, and the share of its own wrong answers that the policy then corrects. Always the same seeds,
     so that before and after are paired."""
-    config, problems = run.config, run.eval_problems[: run.config.eval_questions]
-    if not problems:
+    config = run.config
+    if not run.eval_asked:
         return {}
     with run.clock("evaluation"):
         run.engine.wake()
         run.engine.update_weights(run.model)
         how = {"temperature": config.temperature, "top_p": 1.0, "max_new_tokens": config.max_new_tokens,
                "seed": config.seed}
-        with run.bar("evaluation", len(problems) // run.world) as bar:
-            answers = sample_answers(run.engine, run.tokenizer, problems, run.grader, k=1, progress=bar.update, **how)
+        with run.bar("evaluation", len(run.eval_asked) // run.world) as bar:
+            answers = sample_answers(run.engine, run.tokenizer, run.eval_problems, run.grader, k=1,
+                                     questions=run.eval_asked, progress=bar.update, **how)
         wrong = [r for r in answers if r["verdict"] != "right"]
         corrections = sample_corrections(run.engine, run.tokenizer, wrong, run.grader, k=1, **how)
         run.engine.sleep()
@@ -1064,24 +1066,16 @@ def load_all(run: Run) -> None:
     run.model.train(config.gradient_checkpointing)
 
 
-def fitting_problems(run: Run) -> None:
-    """Leaves out training problems whose prompt does not fit the context; names golds nobody can be right about."""
-    config, kept, too_long = run.config, [], []
-    if run.rank == 0 and (bad := run.grader.unparsable([problem.answer for problem in run.problems])):
-        places = ", ".join(f"{i + 1} ({run.problems[i].answer[:30]!r})" for i in bad[:10])
-        warn(f"{len(bad)} answers of {config.train_data} cannot be read as mathematics, and only a response with the same "
-             f"letters is right: problem {places}")
-    for problem in run.problems:
-        prompt = render(run.tokenizer, solution_prompt(problem.problem))
-        (kept if fits(prompt, config.max_new_tokens, run.engine.max_context) else too_long).append(problem)
-    if too_long:
-        warn(f"{len(too_long)} of {len(run.problems)} problems of {config.train_data} left out: prompt and "
-             f"--max_new_tokens {config.max_new_tokens} exceed the context of {run.engine.max_context} tokens; the first: "
-             f"{too_long[0].problem[:60]!r}")
-    if not kept:
-        raise ValueError(f"--train_data {config.train_data}: no prompt fits the context of {run.engine.max_context} tokens "
-                         f"with --max_new_tokens {config.max_new_tokens}; lower it, or raise --max_context")
-    run.problems = kept
+def settle_problems(run: Run) -> None:
+    """Leaves out what does not fit the context, and names golds nobody can be right about; ValueError if nothing is left."""
+    config = run.config
+    check_golds(run.grader, run.problems, f"--train_data {config.train_data}")
+
+    def asked(problems, source):
+        return askable(run.engine, run.tokenizer, problems, config.max_new_tokens, source) if problems else []
+
+    run.problems = [run.problems[q] for q in asked(run.problems, f"--train_data {config.train_data}")]
+    run.eval_asked = asked(run.eval_problems[: config.eval_questions], f"--eval_data {config.eval_data}")
 
 
 def set_up(arguments: list[str]) -> Run:
@@ -1118,7 +1112,7 @@ def set_up(arguments: list[str]) -> Run:
             config.rollout, run.model, run.tokenizer, model_path=config.model, seed=config.seed,
             max_context=config.max_context, memory_share=config.memory_share,
         )
-        fitting_problems(run)
+        settle_problems(run)
     except ImportError as problem:  # each of these comes on every rank alike
         fail(f"--rollout {config.rollout}: {problem}; install requirements-vllm.txt, or choose --rollout transformers")
     except ValueError as problem:

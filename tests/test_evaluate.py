@@ -361,10 +361,11 @@ def test_prompts_that_do_not_fit_are_left_out_and_named(alone, capsys):
     problems = [Problem("1+1", "2", ""), Problem("long " * 99, "2", ""), Problem("2+2", "4", "")]
     engine = Script([("\\boxed{2}", True)], [("\\boxed{4}", True)])
     engine.max_context = 300
+    asked = evaluate.askable(engine, engine, problems, SAMPLING["max_new_tokens"], "a file")
     with Grader() as grader:
-        answers = evaluate.sample_answers(engine, engine, problems, grader, k=1, **SAMPLING)
+        answers = evaluate.sample_answers(engine, engine, problems, grader, k=1, questions=asked, **SAMPLING)
     assert [(r["question"], r["verdict"]) for r in answers] == [(0, "right"), (2, "right")]
-    assert "1 of 3 problems" in (err := capsys.readouterr().err) and "by number: 1" in err
+    assert "a file: 1 of 3 problems" in (err := capsys.readouterr().err) and "by number: 1" in err
 
 
 # ---------------------------------------------------------------------------------------------------- regrade
@@ -530,7 +531,7 @@ def test_unreadable_golds_are_named(run, tmp_path):
     golds = ("\\text{}", "3")
     file = write(tmp_path / "p.jsonl", [{"problem": "1+2", "answer": gold} for gold in golds])
     code, _, err = run("--benchmarks", file, "--k", 1, "--max_new_tokens", 8, "--output", tmp_path / "out")
-    assert code == 0 and "1 golds" in err
+    assert code == 0 and "1 answers cannot be read" in err
 
 
 def test_help_teaches_every_field(run):
