@@ -47,6 +47,7 @@ BASE = ("--schedule constant --rollout auto --steps 2000 --save_every 100000 --e
 SEEDS = {"budgets": 8, "stage2": 5, "scarce": 8, "hard": 8, "rates": 5, "pool": 5, "smoke": 1}  # of each group
 CORE = ("budgets", "stage2", "scarce", "hard")
 HARD = ("--digits", "4", "--seed", "1", "--steps", "400")  # of make_toy.py: longer sums, other misconceptions, less training
+MEASURES = ("accuracy", "fixed errors corrected", "own errors corrected", "right answers spoiled")
 RULES = {"analysis": "", "all tokens": "--credit response", "both signs": "--success_conditioned False"}  # who gets credit
 RATES, MORE_RATES = ("2.5e-4", "5e-4"), ("1.25e-4", "1e-3")  # --full adds the latter
 STAGE2 = "Stage 2 alone: no gradient from stage 1, equal corrections"  # two tables' titles
@@ -413,7 +414,6 @@ def statistics(values: list[float]) -> dict:
 
 SPENT = ("steps", "stage2_steps", "samples", "questions", "seconds")
 COMPARED = ("mean", "p", "detectable", "reading")
-MEASURES = ("accuracy", "fixed errors corrected", "own errors corrected", "right answers spoiled")
 EXPLAINED = """Same policy, questions and sample seeds in all arms at a seed. Columns: share of 1,000 held-out problems
 answered right with one sample each; share of 300 fixed errors (of the untrained policy, held-out problems) put right; share
 of the policy's own errors on the 1,000 put right; share of 200 of its right answers that end up wrong when it is told that
@@ -437,20 +437,22 @@ answers is asked with the words for wrong ones, which no arm was trained for. Th
 seeds that were run are shown."""
 
 
-CLAIMS = (  # in the paper's words or ours, and the difference in held-out accuracy that would show it: (title, arm, arm)
-    ("ScRPO solves more than GRPO", "Equal samples", "ScRPO, samples", "GRPO"),
-    ("ScRPO solves more than GRPO", "Equal stage-1 questions", "ScRPO, questions", "GRPO"),
-    ("ScRPO solves more than GRPO", "Equal seconds", "ScRPO, seconds", "GRPO"),
-    *((f"... with scarce labels{also} too", f"Scarce labels: 32 training questions{more}, equal {unit}",
-       f"{toy} {method}, {unit}", f"{toy} GRPO")
+BUDGETS = (("Equal samples", "samples"), ("Equal stage-1 questions", "questions"), ("Equal seconds", "seconds"))
+CLAIMS = (  # in the paper's words or ours, and the difference that would show it: (claim, table, arm, arm, measure)
+    *(("ScRPO solves more than GRPO", title, f"ScRPO, {unit}", "GRPO", MEASURES[0]) for title, unit in BUDGETS),
+    *(("ScRPO corrects more errors than GRPO", title, f"ScRPO, {unit}", "GRPO", MEASURES[1]) for title, unit in BUDGETS),
+    *((f"... solves more with scarce labels{also} too", f"Scarce labels: 32 training questions{more}, equal {unit}",
+       f"{toy} {method}, {unit}", f"{toy} GRPO", MEASURES[0])
       for toy, also, more in (("scarce", "", ""), ("hard", " and longer sums", ", longer sums, a shakier start"))
       for unit in ("samples", "questions", "seconds") for method in ("ScRPO", "ScRPO all errors")),
-    ("learning to diagnose teaches to solve", STAGE2, "analysis, 5e-4", "vanilla"),
-    ("... because success means something", STAGE2, "analysis, 5e-4", "random success"),
-    ("... because the analysis gets the credit", STAGE2, "analysis, 5e-4", "random tokens"),
-    *(("credit for the analysis is better than for all tokens", STAGE2, f"analysis, {rate}", f"all tokens, {rate}") for rate in RATES),
-    *(("credit for success is better than both signs", STAGE2, f"analysis, {rate}", f"both signs, {rate}") for rate in RATES),
-    ("the variance filter helps", FILTER, "ScRPO, samples", "ScRPO without filter"),
+    ("learning to diagnose teaches to solve", STAGE2, "analysis, 5e-4", "vanilla", MEASURES[0]),
+    ("... because success means something", STAGE2, "analysis, 5e-4", "random success", MEASURES[0]),
+    ("... because the analysis gets the credit", STAGE2, "analysis, 5e-4", "random tokens", MEASURES[0]),
+    *(("credit for the analysis is better than for all tokens", STAGE2, f"analysis, {rate}", f"all tokens, {rate}", MEASURES[0])
+      for rate in RATES),
+    *(("credit for success is better than both signs", STAGE2, f"analysis, {rate}", f"both signs, {rate}", MEASURES[0])
+      for rate in RATES),
+    ("the variance filter helps", FILTER, "ScRPO, samples", "ScRPO without filter", MEASURES[0]),
 )  # fmt: skip
 
 
@@ -505,7 +507,7 @@ def differences(results: dict[str, list[dict]], pairs) -> tuple[list[str], dict]
 
 def report(arms, tables, options) -> None:
     """Writes this study's section of RESULTS.md, and nothing outside its markers, and the figure."""
-    text, found, claims, shown = [], {}, [row_of(["claim", "difference in accuracy", *COMPARED]), "|" + " --- |" * 6], {}
+    text, found, claims, shown = [], {}, {}, {}
     for group, title, rows, pairs in tables:
         wanted = options.seeds or SEEDS[group]
         n, results = complete(rows, wanted, arms, options)
@@ -518,7 +520,9 @@ def report(arms, tables, options) -> None:
             text += [f"\n### {title}\n", f"`{command}`, seeds 0 to {n - 1}{missing}\n", *levels(results), "", *lines]
             found |= more
             shown[title] = results
-            claims += [row_of([claim, f"{a} − {b}", *more[a, b, "accuracy"][1]]) for claim, where, a, b in CLAIMS if where == title]
+            claims |= {claim: [*claim[:1], f"{a} − {b}", of, *more[a, b, of][1]] for claim in CLAIMS for _, where, a, b, of in [claim]
+                       if where == title}  # fmt: skip
+    claims = [row_of(["claim", "difference", "of", *COMPARED]), "|" + " --- |" * 7, *(row_of(claims[c]) for c in CLAIMS if c in claims)]
     used = {name: arms[name] for results in shown.values() for name in results}
     text += ["\n### The arms\n", row_of(["arm", "runs until it has spent", "flags of train.py", "fork", "training questions"]),
              "|" + " --- |" * 5]  # fmt: skip
