@@ -169,6 +169,8 @@ def start_distributed(timeout_s=1800):
 
 def gather(items):
     """All ranks' lists as one, in rank order, on every rank."""
+    if dist.get_world_size() == 1:  # gloo's threads would copy it, and two pools of OpenMP threads slow each other down
+        return list(items)
     lists = [None] * dist.get_world_size()
     dist.all_gather_object(lists, items)
     return [item for part in lists for item in part]

@@ -1,9 +1,11 @@
-"""The README's page for newcomers, run as it is written: every command of it, on a machine with nothing but Python."""
+"""The README's page for newcomers, run as it is written: every command of it, with nothing but Python and git."""
 
 import json
 import os
 import re
+import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -19,11 +21,16 @@ def commands() -> str:
 
 @pytest.mark.slow
 def test_from_git_clone_to_an_own_experiment_in_under_30_minutes(tmp_path):
-    """In a home of its own, without this environment's Python. What is cloned is what is committed."""
-    keep = {name: value for name, value in os.environ.items() if name.startswith(("PIP_", "SSL_", "OMP_")) or "proxy" in name.lower()}
-    path = ":".join(p for p in os.environ["PATH"].split(":") if p != f"{os.environ.get('VIRTUAL_ENV')}/bin")
-    git = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "safe.directory", "GIT_CONFIG_VALUE_0": "*"}
-    environment = {**keep, **git, "PATH": path, "HOME": os.environ["HOME"], "SCRPO": str(ROOT)}
+    """Without this virtual environment and its variables. What is cloned are the files as they are now, committed."""
+    source, ours = tmp_path / "source", f"{sys.prefix}/bin"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", "runs", ".venv", "__pycache__", ".*cache"))
+    author = {f"GIT_{who}_{what}": "test" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    for command in ("init -q", "add -A", "commit -qm now"):
+        subprocess.run(["git", *command.split()], cwd=source, env={**os.environ, **author}, check=True)
+    kept = ("HOME", "LANG", "TMPDIR", "PIP_", "SSL_", "OMP_", "HTTP", "http", "NO_PROXY", "no_proxy")
+    environment = {name: value for name, value in os.environ.items() if name.startswith(kept)}
+    environment["PATH"] = ":".join(part for part in os.environ["PATH"].split(":") if part != ours)
+    environment["SCRPO"] = str(source)
     started = time.monotonic()
     run = subprocess.run(["bash", "-e", "-c", commands()], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]

@@ -64,3 +64,9 @@ def test_no_equation_is_cited_that_does_not_exist(name):
 def test_linked_files_exist():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_what_the_readme_shows_of_the_study_is_in_its_results():
+    results = (ROOT / "bench" / "RESULTS.md").read_text(encoding="utf-8").splitlines()
+    shown = re.search(r"<!-- study.py: begin -->\n(.*?)<!-- study.py: end -->", README, re.S)[1].strip().splitlines()
+    assert len(shown) > 5 and all(line in results for line in shown)

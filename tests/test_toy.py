@@ -209,3 +209,13 @@ def test_the_script_runs_from_start_to_end(tmp_path):
     template = json.loads((tmp_path / "tokenizer_config.json").read_text())["chat_template"]
     assert template == make_toy.CHAT_TEMPLATE
     assert AutoModelForCausalLM.from_pretrained(str(tmp_path)).num_parameters() > 250_000
+
+
+def test_longer_sums_are_made_and_solved_alike(tmp_path):
+    pairs = make_toy.write_problems(tmp_path, random.Random(0), digits=4, n_train=30, n_test=20)
+    problems = load_problems(str(tmp_path / "test.jsonl"))
+    assert len(load_problems(str(tmp_path / "train.jsonl"))) == 30 and len({p.problem for p in problems}) == 20
+    for (x, y), problem in zip(pairs, problems):
+        assert 1000 <= x < 10000 and 1000 <= y < 10000 and problem.problem == f"Add {x}+{y} digit by digit."
+        steps = make_toy.walk(x, y, lambda place, fact: sum(fact))
+        assert len(steps) == 4 and final_answer(make_toy.solution_text(steps)) == problem.answer == str(x + y)
