@@ -305,20 +305,25 @@ def carries_gradient(loss_tokens: int, advantage: float, beta: float) -> bool:
 def deal(lengths, ranks: int, budget: int) -> list[list[list[int]]]:
     """Splits sequences of these `lengths` into micro-batches: [ranks][rounds][indices].
 
-    A micro-batch padded to its longest sequence has at most `budget` tokens (one longer sequence stands alone).
+    A micro-batch padded to its longest sequence has at most `budget` tokens (one longer sequence stands alone), and at
+    most an eighth of that is padding [ours]: beside one long straggler short sequences are not padded to its length.
     Sorted by length, so padding is small; dealt to the ranks back and forth, so each gets about as many tokens. All
     ranks get the same number of rounds, if need be empty ones: DDP waits for every rank at each backward.
 
     >>> deal([5, 3, 9, 2, 4], ranks=2, budget=10)
     [[[2], [1, 3]], [[0, 4], []]]
+    >>> deal([40, 5, 5, 5, 5], ranks=1, budget=80)
+    [[[0], [1, 2, 3, 4]]]
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     hands: list[list[list[int]]] = [[] for _ in range(ranks)]
     for place, i in enumerate(order):
         lap, seat = divmod(place, ranks)
         hand = hands[seat if lap % 2 == 0 else ranks - 1 - seat]
-        if hand and lengths[hand[-1][0]] * (len(hand[-1]) + 1) <= budget:
-            hand[-1].append(i)
+        batch = [*hand[-1], i] if hand else [i]
+        padded = lengths[batch[0]] * len(batch)
+        if hand and padded <= budget and padded - sum(lengths[j] for j in batch) <= budget / 8:
+            hand[-1] = batch
         else:
             hand.append([i])
     rounds = max(map(len, hands))
