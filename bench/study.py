@@ -44,7 +44,7 @@ ROOT = BENCH.parent
 SECONDS = BENCH / "seconds_per_step.json"
 BASE = ("--schedule constant --rollout auto --steps 2000 --save_every 100000 --eval_every 0 --samples_per_step 0 "
         "--grader_workers 1 --learning_rate 5e-4")  # fmt: skip
-SEEDS = {"budgets": 8, "stage2": 8, "scarce": 8, "hard": 8, "rates": 5, "pool": 5, "smoke": 1}  # of each group
+SEEDS = {"budgets": 5, "stage2": 5, "scarce": 5, "hard": 5, "rates": 5, "pool": 5, "smoke": 1}  # of each group
 CORE = ("budgets", "stage2", "scarce", "hard")
 HARD = ("--digits", "4", "--seed", "1", "--steps", "400")  # of make_toy.py: longer sums, other misconceptions, less training
 MEASURES = ("accuracy", "fixed errors corrected", "own errors corrected", "right answers spoiled")
