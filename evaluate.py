@@ -202,7 +202,7 @@ def askable(engine, tokenizer, problems, max_new_tokens, source):
     fitting = [q for q, prompt in enumerate(prompts) if fits(prompt, max_new_tokens, engine.max_context)]
     room = f"the context of {engine.max_context} tokens with --max_new_tokens {max_new_tokens}"
     if not fitting:
-        raise ValueError(f"{source}: no prompt fits {room}; lower it, or raise the context")
+        raise ValueError(f"{source}: no prompt fits {room}; lower --max_new_tokens, or raise the context")
     if left_out := sorted(set(range(len(problems))) - set(fitting)):
         warn(f"{source}: {len(left_out)} of {len(problems)} problems do not fit {room} and are left out; by number: "
              f"{', '.join(map(str, left_out[:9]))}{', ...' * (len(left_out) > 9)}; the first: "

@@ -657,7 +657,7 @@ def test_prompts_that_do_not_fit_are_left_out_named_and_counted(launch, tmp_path
     assert not any("1+1+" in r["problem"] for r in run.samples)
     run = launch(tmp_path / "none", "--train_data", data, "--steps", 1, "--max_context", 170)
     assert run.code == 2 and re.match(
-        r"error: --train_data .*no prompt fits the context of 170 tokens.*lower it", run.errors[-1]
+        r"error: --train_data .*no prompt fits the context of 170 tokens.*lower --max_new_tokens", run.errors[-1]
     )
 
 
