@@ -434,7 +434,7 @@ solve where the two are different texts is not shown here. Nor does a policy of 
 say how large an effect is on a 1.5B model. "No difference shown" is not "no difference": see `detectable`. Correction of right
 answers is asked with the words for wrong ones, which no arm was trained for. The harder toy is
 `toy/make_toy.py --digits 4 --seed 1 --steps 400`: four-digit sums, other misconceptions, a training that ended earlier. All
-seeds that were run are shown."""
+seeds of a table are shown, and a sweep appears once its seeds are run."""
 
 
 BUDGETS = (("Equal samples", "samples"), ("Equal stage-1 questions", "questions"), ("Equal seconds", "seconds"))
