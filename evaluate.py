@@ -194,14 +194,14 @@ def fail(message):
 
 
 def askable(engine, tokenizer, problems, max_new_tokens, source):
-    """Indices of the problems whose prompt and longest response fit the context; ValueError if none does.
+    """Indices of the problems whose prompt and longest response fit the context; ValueError if none of them does.
 
     The others are named and counted in one line; `source` says where they come from.
     """
     prompts = [render(tokenizer, solution_prompt(p.problem)) for p in problems]
     fitting = [q for q, prompt in enumerate(prompts) if fits(prompt, max_new_tokens, engine.max_context)]
     room = f"the context of {engine.max_context} tokens with --max_new_tokens {max_new_tokens}"
-    if not fitting:
+    if problems and not fitting:
         raise ValueError(f"{source}: no prompt fits {room}; lower --max_new_tokens, or raise the context")
     if left_out := sorted(set(range(len(problems))) - set(fitting)):
         warn(f"{source}: {len(left_out)} of {len(problems)} problems do not fit {room} and are left out; by number: "
@@ -235,7 +235,8 @@ def sample_answers(engine, tokenizer, problems, grader, *, k, seed, questions=No
     Collective: question q is the work of rank q mod world. `sampling`: temperature, top_p, max_new_tokens
     and, where one wants it, progress, which is told how many samples of this rank have just ended.
     """
-    mine = [q for q in (range(len(problems)) if questions is None else questions) if q % dist.get_world_size() == dist.get_rank()]
+    asked = range(len(problems)) if questions is None else questions
+    mine = [q for q in asked if q % dist.get_world_size() == dist.get_rank()]
     turns = [solution_prompt(problems[q].problem) for q in mine]
     answers = [{"question": q, **response, "answer": final_answer(response["response"]),
                 "gold": problems[q].answer, "problem": problems[q].problem, "source": problems[q].source}

@@ -1068,14 +1068,12 @@ def load_all(run: Run) -> None:
 
 def settle_problems(run: Run) -> None:
     """Leaves out what does not fit the context, and names golds nobody can be right about; ValueError if nothing is left."""
-    config = run.config
-    check_golds(run.grader, run.problems, f"--train_data {config.train_data}")
-
-    def asked(problems, source):
-        return askable(run.engine, run.tokenizer, problems, config.max_new_tokens, source) if problems else []
-
-    run.problems = [run.problems[q] for q in asked(run.problems, f"--train_data {config.train_data}")]
-    run.eval_asked = asked(run.eval_problems[: config.eval_questions], f"--eval_data {config.eval_data}")
+    config, source = run.config, f"--train_data {run.config.train_data}"
+    check_golds(run.grader, run.problems, source)
+    asked = askable(run.engine, run.tokenizer, run.problems, config.max_new_tokens, source)
+    run.problems = [run.problems[q] for q in asked]
+    held_out = run.eval_problems[: config.eval_questions]
+    run.eval_asked = askable(run.engine, run.tokenizer, held_out, config.max_new_tokens, f"--eval_data {config.eval_data}")
 
 
 def set_up(arguments: list[str]) -> Run:

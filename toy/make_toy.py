@@ -108,7 +108,7 @@ def ask(teacher, fact, rng, excluded=None):
 
 
 def walk(x, y, draw):
-    """The steps of x + y from the right, one for each digit of x; draw(place, fact) gives their values, and so the carries.
+    """The steps of x + y from the right, one a digit; draw(place, fact) gives their values, and so the carries.
 
     >>> walk(964, 494, lambda place, fact: sum(fact))
     [(4, 4, 0, 8), (6, 9, 0, 15), (9, 4, 1, 14)]
