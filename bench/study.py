@@ -50,6 +50,7 @@ HARD = ("--digits", "4", "--seed", "1", "--steps", "400")  # of make_toy.py: lon
 MEASURES = ("accuracy", "fixed errors corrected", "own errors corrected", "right answers spoiled")
 RULES = {"analysis": "", "all tokens": "--credit response", "both signs": "--success_conditioned False"}  # who gets credit
 RATES, MORE_RATES = ("2.5e-4", "5e-4"), ("1.25e-4", "1e-3")  # --full adds the latter
+BUDGETS = (("Equal samples", "samples"), ("Equal stage-1 questions", "questions"), ("Equal seconds", "seconds"))
 STAGE2 = "Stage 2 alone: no gradient from stage 1, equal corrections"  # two tables' titles
 FILTER = "Variance filter (Eq. 7) on and off, equal samples"
 TIMING_SEED = 100  # also the seed by which the budget was chosen; not one of the study's
@@ -113,9 +114,9 @@ def make_tables(arms: dict[str, Arm], smoke: bool = False) -> list[tuple[str, st
         rows = ["vanilla", "GRPO", "ScRPO, samples", "random tokens"]
         return [("smoke", "Smoke", rows, [("GRPO", "vanilla"), ("ScRPO, samples", "GRPO")])]
     tables = []
-    for unit in ("samples", "stage-1 questions", "seconds"):
-        scrpo, dapo = f"ScRPO, {unit.split()[-1]}", "DAPO, seconds" if unit == "seconds" else "DAPO"
-        tables.append(("budgets", f"Equal {unit}", ["vanilla", "GRPO", dapo, scrpo],
+    for title, unit in BUDGETS:
+        scrpo, dapo = f"ScRPO, {unit}", "DAPO, seconds" if unit == "seconds" else "DAPO"
+        tables.append(("budgets", title, ["vanilla", "GRPO", dapo, scrpo],
                        [("GRPO", "vanilla"), (scrpo, "vanilla"), (scrpo, "GRPO"), (dapo, "GRPO")]))  # fmt: skip
     filtered = ["ScRPO, samples", "ScRPO without filter"]
     tables.append(("budgets", FILTER, filtered, [tuple(filtered)]))
@@ -414,7 +415,7 @@ def statistics(values: list[float]) -> dict:
 
 SPENT = ("steps", "stage2_steps", "samples", "questions", "seconds")
 COMPARED = ("mean", "p", "detectable", "reading")
-EXPLAINED = """Same policy, questions and sample seeds in all arms at a seed. Columns: share of 1,000 held-out problems
+EXPLAINED = f"""Same policy, questions and sample seeds in all arms at a seed. Columns: share of 1,000 held-out problems
 answered right with one sample each; share of 300 fixed errors (of the untrained policy, held-out problems) put right; share
 of the policy's own errors on the 1,000 put right; share of 200 of its right answers that end up wrong when it is told that
 they are wrong and asked to correct them; entropy in nats a token on held-out answers; the rest is what training spent.
@@ -433,11 +434,10 @@ What may not be concluded, whatever the numbers: **transfer is built into this t
 solve where the two are different texts is not shown here. Nor does a policy of 0.3 million parameters on three-digit sums
 say how large an effect is on a 1.5B model. "No difference shown" is not "no difference": see `detectable`. Correction of right
 answers is asked with the words for wrong ones, which no arm was trained for. The harder toy is
-`toy/make_toy.py --digits 4 --seed 1 --steps 400`: four-digit sums, other misconceptions, a training that ended earlier. All
+`toy/make_toy.py {' '.join(HARD)}`: four-digit sums, other misconceptions, a training that ended earlier. All
 seeds of a table are shown, and a sweep appears once its seeds are run."""
 
 
-BUDGETS = (("Equal samples", "samples"), ("Equal stage-1 questions", "questions"), ("Equal seconds", "seconds"))
 CLAIMS = (  # in the paper's words or ours, and the difference that would show it: (claim, table, arm, arm, measure)
     *(("ScRPO solves more than GRPO", title, f"ScRPO, {unit}", "GRPO", MEASURES[0]) for title, unit in BUDGETS),
     *(("ScRPO corrects more errors than GRPO", title, f"ScRPO, {unit}", "GRPO", MEASURES[1]) for title, unit in BUDGETS),
@@ -507,7 +507,7 @@ def differences(results: dict[str, list[dict]], pairs) -> tuple[list[str], dict]
 
 def report(arms, tables, options) -> None:
     """Writes this study's section of RESULTS.md, and nothing outside its markers, and the figure."""
-    text, found, claims, shown = [], {}, {}, {}
+    text, found, by_title, shown = [], {}, {}, {}
     for group, title, rows, pairs in tables:
         wanted = options.seeds or SEEDS[group]
         n, results = complete(rows, wanted, arms, options)
@@ -520,9 +520,10 @@ def report(arms, tables, options) -> None:
             text += [f"\n### {title}\n", f"`{command}`, seeds 0 to {n - 1}{missing}\n", *levels(results), "", *lines]
             found |= more
             shown[title] = results
-            claims |= {claim: [*claim[:1], f"{a} − {b}", of, *more[a, b, of][1]] for claim in CLAIMS for _, where, a, b, of in [claim]
-                       if where == title}  # fmt: skip
-    claims = [row_of(["claim", "difference", "of", *COMPARED]), "|" + " --- |" * 7, *(row_of(claims[c]) for c in CLAIMS if c in claims)]
+            by_title[title] = more
+    claims = [row_of(["claim", "difference", "of", *COMPARED]), "|" + " --- |" * 7]
+    claims += [row_of([claim, f"{a} − {b}", of, *by_title[title][a, b, of][1]])
+               for claim, title, a, b, of in CLAIMS if title in by_title]  # fmt: skip
     used = {name: arms[name] for results in shown.values() for name in results}
     text += ["\n### The arms\n", row_of(["arm", "runs until it has spent", "flags of train.py", "fork", "training questions"]),
              "|" + " --- |" * 5]  # fmt: skip
