@@ -219,9 +219,8 @@ def check_golds(grader, problems, source):
              f"right; by number: {places}{', ...' * (len(bad) > 9)}")
 
 
-def respond(engine, tokenizer, turns, streams, k, seed, **sampling):
-    """k responses to each user turn, [turns][k] dicts. Sample i depends on (seed, its turn's stream, i) alone."""
-    prompts = [render(tokenizer, turn) for turn in turns]
+def respond(engine, tokenizer, prompts, streams, k, seed, **sampling):
+    """k responses to each prompt, [prompts][k] dicts. Sample i depends on (seed, its prompt's stream, i) alone."""
     seeds = [[sample_seed(seed, 0, stream, i) for i in range(k)] for stream in streams]  # 0: no training step
     groups = engine.generate(prompts, k, seeds=seeds, **sampling) if prompts else []
     return [[{"sample": i, "seed": seeds[b][i], "prompt": tokenizer.decode(prompts[b]),
@@ -237,10 +236,10 @@ def sample_answers(engine, tokenizer, problems, grader, *, k, seed, questions=No
     """
     asked = range(len(problems)) if questions is None else questions
     mine = [q for q in asked if q % dist.get_world_size() == dist.get_rank()]
-    turns = [solution_prompt(problems[q].problem) for q in mine]
+    prompts = [render(tokenizer, solution_prompt(problems[q].problem)) for q in mine]
     answers = [{"question": q, **response, "answer": final_answer(response["response"]),
                 "gold": problems[q].answer, "problem": problems[q].problem, "source": problems[q].source}
-               for q, group in zip(mine, respond(engine, tokenizer, turns, mine, k, seed, **sampling))
+               for q, group in zip(mine, respond(engine, tokenizer, prompts, mine, k, seed, **sampling))
                for response in group]
     verdicts = grader.verdicts([r["response"] for r in answers], [r["gold"] for r in answers])  # Eq. 1
     answers = gather([{**r, "verdict": verdict} for r, verdict in zip(answers, verdicts)])
@@ -256,12 +255,12 @@ def sample_corrections(engine, tokenizer, records, grader, *, k=1, seed, **sampl
     tasks = []
     for r in records:
         shown = after_thinking(r["response"])
-        turn = correction_prompt(r["problem"], shown)  # Eq. 10
-        room = fits(render(tokenizer, turn), sampling["max_new_tokens"], engine.max_context)
-        tasks += [(r, turn)] if r["finished"] and shown and room else []
+        prompt = render(tokenizer, correction_prompt(r["problem"], shown))  # Eq. 10
+        room = fits(prompt, sampling["max_new_tokens"], engine.max_context)
+        tasks += [(r, prompt)] if r["finished"] and shown and room else []
     mine = tasks[dist.get_rank()::dist.get_world_size()]
     streams = [r["question"] + 1_000_000_007 * (1 + r["sample"]) for r, _ in mine]  # not the answers'
-    groups = respond(engine, tokenizer, [turn for _, turn in mine], streams, k, seed, **sampling)
+    groups = respond(engine, tokenizer, [prompt for _, prompt in mine], streams, k, seed, **sampling)
     corrections, solutions = [], []
     for (first, _), group in zip(mine, groups):
         for response in group:

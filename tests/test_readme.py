@@ -17,7 +17,7 @@ def find(module: str, name: str):
     found = importlib.import_module(module)
     for part in name.split("."):
         found = getattr(found, part)
-    return found
+    return getattr(found, "fget", found)  # of a property its function
 
 
 def cited(source: str) -> set[int]:
