@@ -40,7 +40,7 @@ START = 120.0          # seconds in which a new worker must be ready; 0.7 on an 
 # ----------------------------------------------------------------------------------------------------------
 # The trainer's side
 # ----------------------------------------------------------------------------------------------------------
-def after_thinking(text):
+def answer_start(text):
     """Where the answer begins: behind the last </think>, 0 if nobody thinks; None if thinking never ends."""
     start = text.rfind("</think>")
     start = start + len("</think>") if start >= 0 else 0
@@ -55,7 +55,7 @@ def final_answer(text):
     >>> [final_answer(text) for text in (r"<think> \boxed{1}", r"\boxed{1} \boxed{2", r"\boxed{ }", "1")]
     [None, None, None, None]
     """
-    start = after_thinking(text)
+    start = answer_start(text)
     last = text.rfind(r"\boxed")
     if start is None or last < start:
         return None
@@ -200,7 +200,7 @@ def find_correction(token_ids, tokenizer, span="sections"):
     (14, 24, '\\n\\\\boxed{4}')
     """
     text = tokenizer.decode(token_ids)
-    after = after_thinking(text)
+    after = answer_start(text)
     if after is None:
         return None
     headers = ANALYSIS_HEADER, SOLUTION_HEADER
@@ -268,6 +268,12 @@ def column(vector):
     return f"({vector[1]})".replace("&", "").replace(r"\\", ",")
 
 
+def times(match):
+    """7 million is 7000000."""
+    return rf"\cdot {SCALES[match[2].lower()]}{match[1] or ' '}"
+
+
+SCALES = {"dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 NOTATION = [  # what a marker does not see, in this order
     (r"\\[()\[\]]|^\s*\*\*|\*\*\s*$|(?<!\\)\$|\\\\$", ""), (r"\*\*", "^"),   # delimiters; powers
     (r"\\!\s*|\\(?:left|right|[bB]igg?[lrm]?|displaystyle|limits|bf|rm|it)(?![A-Za-z])\.?", ""),
@@ -281,10 +287,11 @@ NOTATION = [  # what a marker does not see, in this order
     (r"\\text\{\s*,?\s*(?:and|or)\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|\\l(?:or|and)(?![A-Za-z])", ","),
     (r"\\text\{\s*(?:\\?%|percent(?:age)?)\s*\}|(?<![A-Za-z\\])(?:percent(?:age)?|pct)\b|(?<!\\)%", r"\\%"),
     (r"\\[$#]|[€£¥₹]|\\text\{(?:USD|Rs\.?|\s*\.?)\s*\}", ""),              # money
+    (rf"(?i)(?<=[\d}}])\s?(\\text\{{)?\s*({'|'.join(SCALES)})s?(?![A-Za-z])\s*", times),
     (r"(?i)\\text\{\s*(?:no (?:real )?solutions?|(?:the )?empty set)\s*\}|^no (?:real )?solutions?$"
      r"|\\varnothing|\\\{\s*\\\}", r"\\emptyset "),
     (r"(?i)\\text\{\s*all real numbers\s*\}|^all real numbers$", r"\\mathbb{R}"),
-    (r"(?i)^\s?(?:\\text\{[^{}]*(?:\b(?:is|are)|[:=])\s*\}|\\text\{[^{}]*\}\s?[=:]"
+    (r"(?i)^\s?(?:\\text\{(?![^{}]*\bnot\b)(?:[^{}]*(?:\b(?:is|are)|[:=])\s*\}|[^{}]*\}\s?[=:])"
      r"|(?:the )?(?:final )?answer(?: is|:)|(?:option|choice) )", ""),     # \text{The answer is } 5
     (r"[\s.,;:]+$|^\s+", ""),
 ]
@@ -293,6 +300,7 @@ WORD = (r"(?:[A-Za-z]{4,}|[cmkd]m|[km]g|in|ft|yd|mi|lbs?|oz|m[lL]|[mk]ph|hrs?|mi
         r"|k?m/[hs])\.?(?:\^\{?\d\}?)?")
 UNIT = re.compile(rf"(?<=[\w}})\]!|])\s?(?:{TEXT}(?:\s?(?:/|\\cdot)?\s?{TEXT})*"
                   rf"|(?<=[\d}} ]){WORD}(?:[ /]{WORD})*)$")  # at the end, behind a number or a bracket
+NO_UNIT = re.compile(r"(?i)\b(?:or|not|less|more|least|most|hal(?:f|ves)|(?:third|fourth|fifth|sixth|eighth|tenth)s?)\b")
 NUMBERS = [  # one notation for each number and name, in this order
     (r"(?<=\d)(?:st|nd|rd|th)$|\^\{?(?:\\text\{)?(?:st|nd|rd|th)\}*$", ""),  # ordinals
     (r"\\text\{\s*([-+]?[\d.,]+|[A-Za-z]|\(?[A-Z][).:]*)\s*\}", r"\1"),
@@ -314,10 +322,10 @@ NUMBERS = [  # one notation for each number and name, in this order
 
 
 def tidy(text):
-    r"""(the text as NOTATION and NUMBERS leave it, the initial of a unit that was dropped)
+    r"""(the text as NOTATION and NUMBERS leave it, the unit that was dropped: its letters, and its power)
 
     >>> tidy(r"$x = 1,\!250.50\text{ cm}^2$"), tidy("３√2"), tidy("101_2")
-    (('x = \\frac{2501}{2}', 'c'), ('3\\sqrt{2}', ''), ('5', ''))
+    (('x = \\frac{2501}{2}', 'cm2'), ('3\\sqrt{2}', ''), ('5', ''))
     """
     for pattern, form in (("[⁰¹²³⁴-⁹⁻]+", "^{%s}"), ("[₀-₉]+", "_{%s}"), ("[¼-¾⅐-⅞]", " %s")):
         text = re.sub(pattern, lambda m: form % unicodedata.normalize("NFKC", m[0]), text)
@@ -327,18 +335,33 @@ def tidy(text):
     text = re.sub(r"\s*(?:\^\s*\{?\s*\\circ\s*\}?|\\degree)", angle, text)
     for pattern, replacement in NOTATION:
         text = re.sub(pattern, replacement, text)
-    if unit := UNIT.search(text):
+    unit = UNIT.search(text)
+    if unit := unit and not NO_UNIT.search(unit[0]) and unit:
         text = text[:unit.start()]
     for pattern, replacement in NUMBERS:
         text = re.sub(pattern, replacement, text)
-    initial = re.sub(r"\\text|square|cubic|sq|cu|degrees?|[^A-Za-z]", "", unit[0])[:1].lower() if unit else ""
-    return text.strip(), initial
+    return text.strip(), unit_name(unit[0]) if unit else ""
+
+
+def unit_name(unit):
+    r"""cm2 for \text{ cm}^2, centimeters2 for square centimeters; "" for degrees, which are no length."""
+    name = re.sub(r"\\text|squared?|cub(?:ic|ed)|sq|cu|degrees?|[^A-Za-z]", "", unit).lower()
+    power = 3 if re.search("cu|3", unit) else 2 if re.search("sq|2", unit) else 1
+    return f"{name}{power}" if name else ""
+
+
+def clash(gold, answer):
+    """Whether two units cannot be one: cm and m, cm^2 and cm; but h and hours may be, and so may no unit."""
+    if not (gold and answer):
+        return False
+    metric = all(re.fullmatch(r"[kcmd]?[mgl]\d", unit) for unit in (gold, answer))
+    return gold[0] != answer[0] or gold[-1] != answer[-1] or metric and gold != answer
 
 
 def readings(raw):
-    """(the one or two ways in which a marker may read an answer, the likelier first; its unit's initial)"""
+    """(the one or two ways in which a marker may read an answer, the likelier first; its unit)"""
     text, unit = tidy(raw)
-    if choice := re.fullmatch(r"\(?([A-J])\s?[).:]\s?(.*)", text):
+    if choice := re.fullmatch(r"\(?([A-J])\s?[).:](?!\s?[A-J]$)\s?(.*)", text):
         return [part for part in choice.groups() if part], unit  # "(B) 12": a choice, and its value
     if text.endswith(r"\%"):  # 50% is 50, where the question says per cent, and 0.5
         number = text[:-2].strip()
@@ -387,7 +410,15 @@ def elements(text):
 def letters(text):
     """What two texts share that are the same letter for letter."""
     text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
-    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text).casefold()
+    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
+
+
+def alike(gold, answer):
+    """Whether two texts are the same letter for letter; in words, and in a choice, be they upper or lower case. The
+    variables R and r are two."""
+    a, b = letters(gold), letters(answer)
+    words = wordy(gold) or wordy(answer) or re.fullmatch("[A-Ja-j]|[A-Za-z]{3}|no", a, re.IGNORECASE)
+    return a == b or bool(words) and a.casefold() == b.casefold()
 
 
 def wordy(text):
@@ -398,7 +429,7 @@ def wordy(text):
 
 def same(gold, answer):
     """Whether two tidied texts mean the same: the same letters, equal elements, or equal values."""
-    if letters(gold) == letters(answer):
+    if alike(gold, answer):
         return True
     if wordy(gold) or wordy(answer) or not answer:
         return False
@@ -428,9 +459,18 @@ def permuted(golds, answers):
 
 def same_value(gold, answer):
     is_equation = [len(split(text, "=") or []) > 1 for text in (gold, answer)]
+    if all(is_equation) and solved(gold) and not solved(answer):
+        return False
     if is_equation[0] != is_equation[1]:
         gold, answer = value(gold), value(answer)
     return equal(read(gold), read(answer))
+
+
+def solved(equation):
+    r"""Whether it gives its unknown: x = 5, 5 = x, \theta = 2 + 3 = 5; but not 2x = 10, nor y = 2x."""
+    sides = split(equation, "=") or []
+    rest = [side for side in sides if not re.fullmatch(r"(?:[A-Za-z]|\\[a-z]+)(?:_\{?\w+\}?)?", side)]
+    return 0 < len(rest) == len(sides) - 1 and not re.search("[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", "".join(rest)))
 
 
 def value(text):
@@ -451,8 +491,10 @@ def value(text):
 def read(text):
     """A SymPy object, by math-verify's parser; None if it is not mathematics."""
     import sympy
-    from math_verify.parser import parse_latex_cached
+    from latex2sympy2_extended import latex2sympy
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig
     from latex2sympy2_extended.math_normalization import NormalizationConfig, normalize_latex
+    from math_verify.parser import should_treat_as_complex
 
     if text is None or r"\ldots" in text or re.search(r"\d\s+\d", text):
         return None
@@ -461,7 +503,10 @@ def read(text):
     # Not units=True: it takes the d of 3d for days.
     config = NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none")
     try:
-        expression = parse_latex_cached(normalize_latex(text, config))
+        latex = normalize_latex(text, config)
+        # As math_verify.parser.parse_latex_cached, but for the case of letters: R and r are two variables.
+        expression = latex2sympy(latex, is_real=not should_treat_as_complex(latex), normalization_config=None,
+                                 conversion_config=ConversionConfig(lowercase_symbols=False))
         return expression.subs({s: sympy.I for s in expression.free_symbols if s.name == "i"})
     except MemoryError:
         raise
@@ -546,7 +591,7 @@ def judge(gold, answer):
     answers, answer_unit = readings(answer)
     if len(golds) == len(answers) == 2:
         golds, answers = golds[:1], answers[:1]  # per cent against per cent, time against time
-    if gold_unit and answer_unit and gold_unit != answer_unit:  # cm and m, but hours and h
+    if clash(gold_unit, answer_unit):
         golds = []
     right = any(same(g, a) for g in golds for a in answers)
     return "right" if right else "wrong" if readable else "ungradable"
