@@ -182,11 +182,17 @@ def warn(message, kind="warning"):
         tqdm.write(f"{kind}: {message}", file=sys.stderr)
 
 
-def fail(message):
-    """One line from rank 0, exit code 2 on all. Every rank must call it: one left behind would wait."""
+def fail(message, alone=False):
+    """One line from rank 0, exit code 2 on all. Every rank must call it: one left behind would wait.
+
+    `alone`: it may be this rank's own error. The others are ended by torchrun, and it speaks itself if rank 0 does not.
+    """
     warn(message, "error")
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(1)  # with the first process that ends torchrun ends all: rank 0 speaks before that
+    if (rank := os.environ.get("RANK", "0")) != "0":
+        time.sleep(3 if alone else 1)  # with the first process that ends torchrun ends all: rank 0 speaks before that
+        if alone:
+            print(f"error: rank {rank}: {message}", file=sys.stderr, flush=True)
+            os._exit(2)  # no destructor, which might wait for the others
     raise SystemExit(2)
 
 
@@ -269,7 +275,7 @@ def sample_corrections(engine, tokenizer, records, grader, *, k=1, seed, **sampl
             solutions.append(found[2] if found else "")  # Eq. 11: without its sections a correction is wrong
             corrections.append({
                 "question": first["question"], "first_sample": first["sample"], **response,
-                "answer": final_answer(solutions[-1]), "well_formed": found is not None,
+                "solution": solutions[-1], "answer": final_answer(solutions[-1]), "well_formed": found is not None,
                 "first_verdict": first["verdict"],
                 **{name: first[name] for name in ("gold", "problem", "source")},
             })
@@ -599,8 +605,8 @@ def evaluate(c):
         benchmarks = load_benchmarks(c)
         model, tokenizer, engine, length = load_model(c, device)
         asked = {name: askable(engine, tokenizer, problems, length, name) for name, problems in benchmarks.items()}
-    except ValueError as error:
-        fail(error)
+    except (ValueError, RuntimeError) as error:
+        fail(" ".join(str(error).split())[:500], alone=True)  # one GPU of many may be full
     own_k = lambda name: 1 if c.temperature == 0 else BENCHMARKS.get(name, ("", OTHER_K))[1]
     k = {name: c.k or own_k(name) for name in benchmarks}
     sampling = {"temperature": c.temperature, "top_p": c.top_p, "max_new_tokens": length, "seed": c.seed}
@@ -624,8 +630,11 @@ def evaluate(c):
     tasks = [(name, q) for name in benchmarks for q in asked[name]]
 
     with Grader(workers=c.grader_workers) as grader:
-        for name, problems in benchmarks.items():
-            check_golds(grader, problems, name)
+        try:
+            for name, problems in benchmarks.items():
+                check_golds(grader, problems, name)
+        except RuntimeError as error:  # the first to need a grading worker
+            fail(str(error), alone=True)
 
         def answer(name, questions, progress):
             return sample_answers(engine, tokenizer, benchmarks[name], grader, k=k[name], questions=questions,
@@ -667,8 +676,8 @@ def regrade(c):
         fail(f"--regrade {source}: there is no such file; name a {ANSWERS}")
     if (folder / ANSWERS).exists():
         fail(f"--output {folder} holds {ANSWERS} already, which would be lost; name another folder")
-    # Eq. 11 in a file of corrections: one without its sections is wrong, whatever it has boxed.
-    items = [(r["response"] if r.get("well_formed", True) else "", r["gold"]) for r in completions(source)]
+    graded = lambda r: r.get("solution", r["response"])  # Eq. 11 in a file of corrections, else Eq. 1
+    items = [(graded(r), r["gold"]) for r in completions(source)]
     if not items:
         fail(f"--regrade {source}: the file is empty; name a {ANSWERS}")
     verdicts, changes = [], Counter()
@@ -679,7 +688,7 @@ def regrade(c):
     with open(folder / "unfinished.tmp", "w") as file:
         for r, verdict in zip(completions(source), verdicts):
             changes[f"{r.get('verdict', verdict)} -> {verdict}"] += 1
-            file.write(json.dumps({**r, "answer": final_answer(r["response"]), "verdict": verdict}) + "\n")
+            file.write(json.dumps({**r, "answer": final_answer(graded(r)), "verdict": verdict}) + "\n")
     os.replace(folder / "unfinished.tmp", folder / ANSWERS)
     state = source.with_name("state.json")
     settings = json.loads(state.read_text())["settings"] if state.exists() else {}

@@ -206,7 +206,8 @@ def stop_ids(model, tokenizer) -> set[int]:
 
 
 def sample_seed(run_seed: int, step: int, question: int, sample: int) -> int:
-    """In [0, 2**63): a pure function of the sample's place in the run, never of rank or batch.
+    """In [0, 2**63): a pure function of the sample's place in the run, never of rank or batch. `question` is its number
+    in an evaluation, and its place among the step's questions in training.
 
     A hash, not a sum: with run_seed + step, run 1 would begin with the samples of run 0's second step.
     """
@@ -542,12 +543,16 @@ class VLLMEngine:
 
 def make_engine(kind: str, model, tokenizer, *, model_path: str, **options):
     """`kind`: vllm, transformers, or auto, which is vLLM if it is installed and there is a GPU. `model` is the live
-    Hugging Face model. Options: seed, max_context (longest prompt + response; default: the model's), memory_share (of
+    Hugging Face model. ValueError, one line, if the engine cannot be had. Options: seed, max_context (longest prompt + response; default: the model's), memory_share (of
     the device's memory), and what else that engine takes: max_batch, or any argument of vllm.LLM."""
     if kind == "auto":
         kind = "vllm" if torch.cuda.is_available() and importlib.util.find_spec("vllm") else "transformers"
     if kind == "vllm":
-        return VLLMEngine(model, tokenizer, model_path=model_path, **options)
+        try:
+            return VLLMEngine(model, tokenizer, model_path=model_path, **options)
+        except ImportError as problem:
+            remedy = "install requirements-vllm.txt, or choose --rollout transformers"
+            raise ValueError(f"--rollout vllm: {problem}; {remedy}") from problem
     options.pop("seed", None)  # nothing here is random but by the seeds that generate() gets
     return TransformersEngine(model, tokenizer, **options)
 

@@ -22,9 +22,9 @@ How it stays simple at any size:
 
 1. Every rank samples and grades its own questions; then one gather gives all groups to all ranks. From there on
    everything but the forward passes is the same pure computation on every rank: the pool, the denominators, who
-   trains on what. Nothing has to be broadcast, and there is no special rank in the algorithm.
-2. All randomness is a function of (seed, step, question, sample), never of a generator's history. So rank count,
-   batch size and restarts change nothing, and a checkpoint needs no random state.
+   trains on what. Only weights are broadcast, by their owner, and there is no special rank in the algorithm.
+2. All randomness is a function of (seed, step, question, sample), the question by its place in the step, never of a
+   generator's history. So rank count, batch size and restarts change nothing, and a checkpoint needs no random state.
 3. Loss tokens are counted over the whole optimizer step before the first micro-batch; sums are divided by that count
    and multiplied by the number of ranks, because DDP averages. Not a mean per micro-batch: it would weigh tokens by
    the company they happen to be in.
@@ -34,6 +34,7 @@ How it stays simple at any size:
 Left out on purpose: tensor parallelism, off-policy rollouts, a reward model, more than one turn of correction.
 """
 
+import fcntl
 import hashlib
 import io
 import json
@@ -50,6 +51,7 @@ from collections import Counter
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
 from typing import Literal, Optional
 
@@ -63,7 +65,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
-from error_pool import ErrorPool, after_thinking, correction_prompt, next_stage
+from error_pool import ErrorPool, after_thinking, correction_prompt, informative, next_stage
 from evaluate import (accuracy, askable, check_golds, fail, flag, gather, load_policy, sample_answers,
                       sample_corrections, start_distributed, warn)
 from loss import (analysis_mask, carries_gradient, deal, group_advantages, importance_weights, overlong_punishment,
@@ -190,13 +192,16 @@ def check(config: Config) -> None:
     for name, least in LEAST.items():
         if not getattr(config, name) >= least:  # not `<`: nan is never less
             raise ValueError(f"--{name} {getattr(config, name)}: must be at least {least}")
-    c = config
+    c, scrpo = config, config.algorithm == "scrpo"
     for wrong, message in (
-        (c.pool_trigger < c.questions_per_step, f"--pool_trigger {c.pool_trigger} is less than --questions_per_step "
+        (c.resume and not c.output_dir, "--resume goes on in --output_dir, which is missing: name the run's folder"),
+        (scrpo and c.pool_trigger < c.questions_per_step, f"--pool_trigger {c.pool_trigger} is less than --questions_per_step "
          f"{c.questions_per_step}: stage 2 would end before it began; raise the one or lower the other"),
         (c.min_variance > 0.25, f"--min_variance {c.min_variance}: 0/1 rewards have a variance of at most 0.25, so "
          "nothing would be informative; choose 0 to 0.25"),
-        (c.algorithm != "scrpo" and c.train_stages == "2", f"--train_stages 2 contradicts --algorithm {c.algorithm}, "
+        (scrpo and c.min_variance <= 0.25 and not informative(c.group_size // 2, c.group_size, c.min_variance),
+         f"--min_variance {c.min_variance} is more than the rewards of --group_size {c.group_size} can vary; lower it"),
+        (not scrpo and c.train_stages == "2", f"--train_stages 2 contradicts --algorithm {c.algorithm}, "
          "which has no stage 2; leave one of them out"),
         (c.questions_per_step % c.updates_per_rollout, f"--updates_per_rollout {c.updates_per_rollout} does not divide "
          f"--questions_per_step {c.questions_per_step}; choose a divisor"),
@@ -665,7 +670,7 @@ class Run:
         self.stop = self.sampling = False
 
     def interrupt(self, *_) -> None:
-        """SIGTERM. While samples are drawn, which may take minutes, the weights are still those of the last boundary,
+        """SIGTERM or Ctrl-C. While samples are drawn, which may take minutes, the weights are still those of the last boundary,
         and the step is given up; during the short update it is finished first."""
         again, self.stop = self.stop, True
         if self.sampling and not again:
@@ -694,7 +699,7 @@ def train(run: Run) -> None:
     if state.step == 0:
         record(run, {"step": 0, **evaluate_policy(run)}, [])
     bar = tqdm(total=config.steps, initial=state.step, disable=run.rank != 0, desc=config.algorithm, unit="step")
-    for step in range(state.step + 1, config.steps + 1):
+    for step in range(state.step + 1, config.steps + 1) if not epochs_over(run) else ():
         started, tokens, run.seconds = time.perf_counter(), state.tokens, Counter()
         run.boundary = boundary(run)
         switched = switch_stage(run, step)  # Eq. 9
@@ -707,8 +712,7 @@ def train(run: Run) -> None:
                 metrics |= update(run, step, len(groups), examples)  # Eqs. 3 to 6, 13, 14
         state.visit_loss_tokens += metrics.get("loss_tokens", 0) if state.stage == 2 else 0
         state.step = step
-        over = config.epochs and state.questions >= config.epochs * len(run.problems)
-        last = step == config.steps or over
+        last = step == config.steps or epochs_over(run)
         if last or (config.eval_every and step % config.eval_every == 0):
             metrics |= evaluate_policy(run)
         metrics |= {"tokens_per_second": (state.tokens - tokens) / (time.perf_counter() - started)}
@@ -723,6 +727,10 @@ def train(run: Run) -> None:
         if last or stop:
             break
     bar.close()
+
+
+def epochs_over(run: Run) -> bool:
+    return 0 < run.config.epochs * len(run.problems) <= run.state.questions
 
 
 def switch_stage(run: Run, step: int) -> bool:
@@ -785,7 +793,7 @@ def record(run: Run, metrics: dict, groups: list[Group]) -> None:
     samples = [sample for group in groups for sample in group.samples]
     if groups:
         metrics |= {
-            "informative_groups": float(np.mean([0 < sum(g.rewards) < len(g.rewards) for g in groups])),
+            "mixed_groups": float(np.mean([0 < sum(g.rewards) < len(g.rewards) for g in groups])),
             "truncated": float(np.mean([not sample.finished for sample in samples])),
             "mean_length": float(np.mean([len(sample.token_ids) for sample in samples])),
             **{name: sum(group.verdicts.count(name) for group in groups) for name in ("right", "wrong", "ungradable")},
@@ -882,7 +890,7 @@ def plot(lines: list[dict], path: Path) -> None:
             axis.plot(*zip(*points), *style, **more)
 
     figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 1), layout="constrained")
-    curve(above, "accuracy", ".-", color="tab:blue", alpha=0.5, label="accuracy of the step's samples (stage 1)")
+    curve(above, "accuracy", ".-", color="tab:blue", alpha=0.5, label="accuracy of the step's groups (stage 1)")
     curve(above, "correction_success", ".-", color="tab:green", alpha=0.5, label="correction success (stage 2)")
     curve(above, "eval_accuracy", "o-", color="tab:blue", label="held-out: answered right")
     curve(above, "eval_correction", "s-", color="tab:green", label="held-out: own errors corrected")
@@ -893,7 +901,8 @@ def plot(lines: list[dict], path: Path) -> None:
                 axis.axvspan(line["step"] - 0.5, line["step"] + 0.5, color="tab:green", alpha=0.12, lw=0)
     above.set(ylim=(0, 1), ylabel="share")
     below.set(ylabel="error pool", xlabel="step (shaded: stage 2)")
-    above.legend(loc="lower right", fontsize="small")
+    if above.lines:
+        above.legend(loc="lower right", fontsize="small")
     above.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -942,6 +951,17 @@ def remove_shards(run: Run, folders: list[Path]) -> None:
             folder.rmdir()
 
 
+def set_aside(run, folders: list[Path]) -> None:
+    """Moves shards that cannot be used, so that they are not counted, nor mixed with new ones, nor lost."""
+    for folder in folders:
+        unused = folder.parent / "unused" / folder.name
+        for file in folder.glob(f"rank_{run.rank}.*"):
+            unused.mkdir(parents=True, exist_ok=True)
+            file.replace(unused / file.name)
+        with suppress(OSError):  # another rank's files are still in it
+            folder.rmdir()
+
+
 def write_whole(path: Path, data) -> None:
     """Writes the file under another name, flushes it to the disk, then renames it: it is there wholly or not at all."""
     part = path.with_name(path.name + ".part")
@@ -967,8 +987,9 @@ def load_checkpoint(run: Run) -> bool:
     common = set.intersection(*map(set, found))
     if not common:
         if any(found):
-            warn(f"no checkpoint in {run.output} is whole on every rank, so the run starts from its beginning; on "
-                 "separate disks each node must get the ranks that it had")
+            warn(f"no checkpoint in {run.output} is whole on every rank, so the run starts from its beginning, and what is "
+                 "there goes to checkpoints/unused; on separate disks each node must get the ranks that it had")
+        set_aside(run, list((run.output / "checkpoints").glob("step_*")))
         return False
     # Later steps are done again; a shard written then and one of now must not be taken for one checkpoint.
     remove_shards(run, [f for f in (run.output / "checkpoints").glob("step_*") if f > whole[max(common)].parent])
@@ -1012,24 +1033,38 @@ def agree(error: Optional[str]) -> None:
         fail(message)
 
 
+def find_output(config: Config, restart: bool, launch: str) -> str:
+    """--output_dir. Without it, the folder of this launch after a restart, else a fresh runs/NNN, made at once: no
+    other start gets it too."""
+    if config.output_dir:
+        return config.output_dir
+    numbers = sorted(int(folder.name) for folder in (HERE / "runs").glob("*") if folder.name.isdigit())
+    known = [file for file in (HERE / "runs" / f"{n:03d}" / "settings.json" for n in numbers) if file.exists()]
+    if restart and (mine := [file for file in known if json.loads(file.read_text())["launch"] == launch]):
+        return str(mine[-1].parent)
+    for n in count(max(numbers, default=0) + 1):
+        with suppress(FileExistsError):
+            (HERE / "runs" / f"{n:03d}").mkdir(parents=True)
+            return str(HERE / "runs" / f"{n:03d}")
+
+
 def claim_output(run: Run) -> None:
     """Finds the output folder, refuses one that is not ours to continue, and writes the settings into it."""
-    config, error = run.config, None
+    config, error, name = run.config, None, None
     restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, after a failure
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    runs = sorted((HERE / "runs").glob("[0-9]*"))
-    if config.output_dir is None and restart:
-        # On separate disks only rank 0's node has settings.json, and only rank 0's answer counts.
-        known = [file for file in (r / "settings.json" for r in runs) if file.exists()]
-        mine = [file.parent for file in known if json.loads(file.read_text())["launch"] == launch]
-        config.output_dir = str(mine[-1]) if mine else None
-    if config.output_dir is None:
-        config.output_dir = str(HERE / "runs" / f"{int(runs[-1].name) + 1 if runs else 1:03d}")
-    run.output = Path(gather([config.output_dir])[0])
-    settings = json.loads(json.dumps({**asdict(config), "ranks": run.world, "launch": launch}))
-    path = run.output / "settings.json"
     try:
-        if path.exists():
+        if run.rank == 0:  # on separate disks only its node has settings.json
+            name = find_output(config, restart, launch)
+    except OSError as problem:
+        error = f"--output_dir: {HERE / 'runs'}: {problem.strerror}; name a folder that can be written"
+    agree(error)
+    config.output_dir = gather([name])[0]
+    run.output = Path(config.output_dir)
+    settings = json.loads(json.dumps({**asdict(config), "ranks": run.world, "launch": launch}))
+    path, begun = run.output / "settings.json", (run.output / "metrics.jsonl").exists()
+    try:
+        if path.exists() and begun:  # a start that failed before its first measurement is not in the way of the next
             saved = json.loads(path.read_text())
             free = {*FREE, "launch"} - ({"steps"} if config.schedule == "cosine" else set())
             changed = [name for name in saved if name not in free and saved[name] != settings.get(name)]
@@ -1038,15 +1073,19 @@ def claim_output(run: Run) -> None:
             elif changed:
                 error = (f"--resume with another {changed[0]} ({saved[changed[0]]} in {path}, now "
                          f"{settings.get(changed[0])}) would be another run; put it back, or choose another --output_dir")
-        elif (run.output / "metrics.jsonl").exists():
+        elif begun:
             error = f"--output_dir {run.output} holds metrics.jsonl but no settings.json; choose another folder"
-        elif run.rank == 0 and (run.output / "checkpoints").exists():  # separate disks, nodes in another order
+        elif run.rank == 0 and (run.output / "checkpoints").exists() and not path.exists():  # separate disks, nodes in another order
             error = (f"--output_dir {run.output} holds another rank's checkpoints and no settings.json: rank 0 must be on "
                      "the node it was on; torchrun --node_rank with a static rendezvous fixes the order")
         agree(error)  # and only then does anybody write
         run.output.mkdir(parents=True, exist_ok=True)
         if run.rank == 0:
+            run.lock = (run.output / ".lock").open("w")  # until this process ends, however it ends
+            fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             write_whole(path, json.dumps(settings, indent=1).encode())
+    except BlockingIOError:
+        error = f"--output_dir {run.output}: another run is writing there; wait for its end, or name another folder"
     except OSError as problem:
         error = f"--output_dir {run.output}: {problem.strerror}; choose a folder that can be written"
     agree(error)
@@ -1076,26 +1115,20 @@ def settle_problems(run: Run) -> None:
     run.eval_asked = askable(run.engine, run.tokenizer, held_out, config.max_new_tokens, f"--eval_data {config.eval_data}")
 
 
-def set_up(arguments: list[str]) -> Run:
-    """Builds everything, on all ranks together."""
-    # First of all: if a rank failed while rank 0 is still importing, torchrun would end rank 0 before it says why.
-    rank, world, device = start_distributed()
-    gather([])  # nor may one leave while another is still being connected
-    config, error = parse(arguments), None
-    run = Run(config)
-    run.rank, run.world, run.device = rank, world, device
+def start_wandb(run: Run) -> None:
+    if not run.config.wandb or run.rank != 0:
+        return
     try:
-        if config.wandb and run.rank == 0:
-            import wandb
+        import wandb
 
-            wandb.init(project="scrpo", config=asdict(config))
-        load_all(run)
-    except ImportError as problem:
-        error = f"--wandb: {problem}; pip install wandb, or leave the flag out"
-    except (ValueError, OSError) as problem:
-        error = " ".join(str(problem).split())
-    agree(error)
-    claim_output(run)
+        wandb.init(project="scrpo", config=asdict(run.config))
+    except Exception as problem:  # not installed, not logged in, no network: wandb has no one class for them
+        raise ValueError(f"--wandb: {problem}; pip install wandb and log in, or leave the flag out") from problem
+
+
+def build(run: Run) -> None:
+    """What needs model and output folder: reference, optimizer, grader, engine, DDP, pool."""
+    config = run.config
     bf16 = config.precision == "bf16" or (config.precision == "auto" and run.device.type == "cuda")
     dtype = torch.bfloat16 if bf16 else torch.float32
     if config.beta:
@@ -1105,22 +1138,38 @@ def set_up(arguments: list[str]) -> Run:
         run.reference = None  # pi_ref is not even loaded
     run.optimizer = MasterAdamW(run.model, dtype, config, run.rank, run.world)
     run.grader = Grader(workers=config.grader_workers)
-    try:
-        run.engine = make_engine(
-            config.rollout, run.model, run.tokenizer, model_path=config.model, seed=config.seed,
-            max_context=config.max_context, memory_share=config.memory_share,
-        )
-        settle_problems(run)
-    except ImportError as problem:  # each of these comes on every rank alike
-        fail(f"--rollout {config.rollout}: {problem}; install requirements-vllm.txt, or choose --rollout transformers")
-    except ValueError as problem:
-        fail(str(problem))
+    run.engine = make_engine(
+        config.rollout, run.model, run.tokenizer, model_path=config.model, seed=config.seed,
+        max_context=config.max_context, memory_share=config.memory_share,
+    )
+    settle_problems(run)
     # No buffers to broadcast: that would be a collective in each forward pass, and ranks differ in how many they run.
     policy = Policy(run.model, config.temperature, config.logprob_chunk)
     run.policy = DistributedDataParallel(policy, gradient_as_bucket_view=True, broadcast_buffers=False)
     run.pool = None
     if config.algorithm == "scrpo":
         run.pool = ErrorPool(config.pool_trigger, config.min_variance, config.errors_per_question)
+
+
+def set_up(arguments: list[str]) -> Run:
+    """Builds everything, on all ranks together."""
+    # First of all: if a rank failed while rank 0 is still importing, torchrun would end rank 0 before it says why.
+    rank, world, device = start_distributed()
+    gather([])  # nor may one leave while another is still being connected
+    config, error = parse(arguments), None
+    run = Run(config)
+    run.rank, run.world, run.device = rank, world, device
+    try:
+        start_wandb(run)
+        load_all(run)
+    except (ImportError, ValueError, OSError) as problem:
+        error = " ".join(str(problem).split())
+    agree(error)
+    claim_output(run)
+    try:
+        build(run)
+    except (ValueError, RuntimeError) as problem:  # perhaps on this rank alone: one GPU of many may be full
+        fail(" ".join(str(problem).split())[:500], alone=True)
     return run
 
 
@@ -1137,6 +1186,11 @@ def introduce(run: Run, resumed: bool) -> None:
     if resumed:
         waiting = len(run.pool or ())
         run.say(f"resumed after step {run.state.step}, in stage {run.state.stage}, with {waiting} errors waiting")
+    toy = Config()
+    if config.model != toy.model and config.eval_data == toy.eval_data and run.eval_asked:
+        warn("--eval_data is still the toy's sums; name held-out problems of your own, or give --eval_questions 0")
+    if config.algorithm == "dapo" and (config.beta or config.reduction != "dapo"):
+        warn(f"--algorithm dapo with --beta {config.beta} --reduction {config.reduction}: DAPO has beta 0 and reduction dapo")
     if million > 100 and config.learning_rate > 2e-5:
         warn(f"--learning_rate {config.learning_rate} suits the toy; {million:,.0f} M parameters usually get 1e-6")
 
@@ -1167,14 +1221,15 @@ def leave(run: Run, error: BaseException) -> None:
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         cause = f"lost rank {', '.join(map(str, lost))}" if lost else cause
         print(f"error: rank {run.rank}, after step {run.state.step}: {cause[:300]} (traceback: {traceback_file}); "
-              "--resume goes on from the last whole checkpoint", file=sys.stderr)
+              f"--output_dir {run.output} --resume goes on from the last whole checkpoint", file=sys.stderr)
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(code)
 
 
 def main(arguments: Optional[list[str]] = None) -> None:
     run = set_up(sys.argv[1:] if arguments is None else arguments)
-    signal.signal(signal.SIGTERM, run.interrupt)
+    for interruption in (signal.SIGTERM, signal.SIGINT):  # the machine is wanted for another; Ctrl-C
+        signal.signal(interruption, run.interrupt)
     try:
         with run.grader:
             resumed = load_checkpoint(run)
@@ -1182,7 +1237,8 @@ def main(arguments: Optional[list[str]] = None) -> None:
             introduce(run, resumed)
             train(run)
             if run.stop:
-                run.say(f"stopped by SIGTERM after step {run.state.step}; --resume goes on from there")
+                run.say(f"stopped by a signal after step {run.state.step}; --output_dir {run.output} --resume goes on "
+                        "from there")
             else:
                 save_final(run)
                 summary(run)

@@ -99,7 +99,8 @@ def launch():
         where = ["--output_dir", folder] if folder is not None else []
         for name in RANK_VARIABLES:
             os.environ.pop(name, None)
-        handler, out, err, code = signal.getsignal(signal.SIGTERM), io.StringIO(), io.StringIO(), 0
+        handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+        out, err, code = io.StringIO(), io.StringIO(), 0
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
             patch.setattr(os, "_exit", ended)
             patch.setattr(reward, "START", PATIENCE)
@@ -109,7 +110,8 @@ def launch():
             except SystemExit as end:
                 code = end.code or 0
             finally:
-                signal.signal(signal.SIGTERM, handler)
+                for interruption, handler in handlers.items():
+                    signal.signal(interruption, handler)
                 if dist.is_initialized():
                     dist.destroy_process_group()
                 for name in RANK_VARIABLES:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -414,6 +415,15 @@ def test_regrade_gives_the_same_verdicts_and_repairs_wrong_ones(baseline, run, t
     assert (tmp_path / "again" / "completions.jsonl").read_bytes() == before
 
 
+def test_regrade_of_corrections_looks_at_the_corrected_solution_only(run, tmp_path):
+    """A right box in the analysis earns nothing (Eq. 11), as when it was first graded."""
+    row = {"problem": "1+1", "response": "Analysis: \\boxed{2}\nCorrected Solution: it is 2", "gold": "2"}
+    rows = [{**row, "solution": " it is 2"}, {**row, "solution": " \\boxed{2}"}, {**row, "solution": ""}]
+    assert run("--regrade", write(tmp_path / "corrections.jsonl", rows))[0] == 0
+    again = lines(tmp_path / "corrections-regraded" / "completions.jsonl")
+    assert [(r["verdict"], r["answer"]) for r in again] == [("wrong", None), ("right", "2"), ("wrong", None)]
+
+
 def test_regrade_of_minimal_lines_groups_samples_by_problem(run, tmp_path):
     given = (("a", "0.5"), ("a", "2"), ("b", "\\frac12"), ("b", "3"))
     file = write(tmp_path / "mine.jsonl",
@@ -486,6 +496,7 @@ BAD_INPUT = {
     "negative length": (["--max_new_tokens", "-5"], "--max_new_tokens -5"),
     "chunk": (["--chunk_samples", "0"], "--chunk_samples 0"),
     "engine": (["--rollout", "sglang"], "--rollout"),
+    "no such engine here": (["--rollout", "vllm", "--benchmarks", "{good}"], "install requirements-vllm.txt"),
     "two jobs": (["--compare", "a", "b", "--regrade", "c"], "--compare"),
     "one folder": (["--compare", "a"], "two folders"),
     "no such folder": (["--compare", "a", "b"], "--compare a"),
@@ -513,6 +524,8 @@ def test_bad_input_is_one_line_and_costs_nothing(case, run, tmp_path):
         path.write_text(text)
     names = {name: tmp_path / f"{name}.jsonl" for name in ("good", "empty", "text")}
     flags, said = BAD_INPUT[case]
+    if "vllm" in flags and find_spec("vllm"):
+        pytest.skip("it is installed here")
     flags = [flag.format(**names, other=tmp_path / "other", foreign=tmp_path / "foreign") for flag in flags]
     flags += [] if "--output" in flags else ["--output", tmp_path / "out"]
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")}

@@ -333,6 +333,28 @@ def test_when_all_are_damaged_the_run_starts_again(launch, whole, tmp_path):
     assert_same(run, whole, steps=4)
 
 
+def test_a_second_beginning_keeps_its_checkpoints_and_those_of_the_first(launch, whole, tmp_path):
+    """Later steps that are damaged neither count as the newest, nor are they lost."""
+    folder = back_to(whole, 6, tmp_path / "run")
+    for checkpoint in folder.glob("checkpoints/*/rank_0.pt"):
+        damage(checkpoint, "cut short")
+    launch(folder, *FLAGS, "--steps", 4, "--keep_checkpoints", 2, "--resume")
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names == ["step_000002", "step_000004", "unused"]
+    assert {path.name for path in (folder / "checkpoints" / "unused").iterdir()} >= {"step_000004", "step_000006"}
+    assert "resumed after step 4" in launch(folder, *FLAGS, "--steps", 6, "--resume").out
+
+
+def test_an_epoch_that_is_over_is_not_gone_on_with(launch, tmp_path):
+    flags = "--algorithm grpo --schedule constant --epochs 1 --steps 99".split()
+    few = (train.HERE / "toy" / "train.jsonl").read_text().splitlines(keepends=True)[:16]
+    (tmp_path / "few.jsonl").write_text("".join(few))
+    run = launch(tmp_path / "run", *flags, "--train_data", tmp_path / "few.jsonl")
+    steps = len(run.metrics)
+    again = launch(tmp_path / "run", *flags, "--train_data", tmp_path / "few.jsonl", "--resume")
+    assert again.code == 0 and len(again.metrics) == steps == 3 and again.comparable() == run.comparable()
+
+
 def test_lines_cut_short_or_after_the_checkpoint_are_dropped(launch, whole, tmp_path):
     folder = back_to(whole, 2, tmp_path / "run")
     for name in ("metrics.jsonl", "samples.jsonl"):
@@ -444,7 +466,34 @@ def test_sigterm_in_the_update_finishes_the_step(ranks, pair, tmp_path):
     patch = SIGTERM.format(where="train.MasterAdamW", name="step", call=1, ranks=(1,))
     job = ranks(back_to(pair, 2, tmp_path / "run"), *FLAGS, "--steps", 4, "--resume", patch=patch)
     run = resumed(job, ranks, pair, said="resumed after step 3")
-    assert "stopped by SIGTERM after step 3" in run.out
+    assert "stopped by a signal after step 3" in run.out and f"--output_dir {job.folder} --resume" in run.out
+
+
+def test_ctrl_c_saves_too(ranks, pair, tmp_path):
+    """SIGINT, twice to each rank, as from a terminal and from torchrun."""
+    patch = SIGTERM.format(where="rollout.TransformersEngine", name="generate", call=2, ranks=(0, 1))
+    patch = patch.replace("os.kill(os.getpid(), signal.SIGTERM)", "[os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]")
+    job = ranks(back_to(pair, 2, tmp_path / "run"), *FLAGS, "--steps", 4, "--resume", patch=patch)
+    resumed(job, ranks, pair, said="resumed after step 3")
+
+
+def test_a_rank_that_cannot_start_says_so_itself(ranks, tmp_path):
+    """Not rank 0: the others wait for it, until torchrun ends them."""
+    patch = """
+import train
+make_engine = train.make_engine
+def full(*arguments, **keywords):
+    if rank == 1:
+        raise RuntimeError("CUDA out of memory")
+    return make_engine(*arguments, **keywords)
+train.make_engine = full
+"""
+    job = ranks(tmp_path / "run", *FLAGS, patch=patch)
+    while job.alive(1):
+        time.sleep(0.05)
+    job.kill(0)
+    job.result()
+    assert job.codes[1] == 2 and job.said(1, "err").splitlines()[-1] == "error: rank 1: CUDA out of memory"
 
 
 def test_sigterm_while_a_checkpoint_is_written(ranks, pair, tmp_path):

@@ -1,6 +1,7 @@
 """bench/study.py: it goes on where it was killed, its statistics are right, and its controls do what they say."""
 
 import doctest
+import fcntl
 import json
 import math
 import os
@@ -84,6 +85,21 @@ def test_a_changed_arm_is_run_again(tmp_path):
     assert study.load(options, "x", arm, 0)["accuracy"] == 1.0
     assert study.load(options, "x", study.Arm("samples", 11), 0) is None
     assert study.load(options, "x", arm, 1) is None
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--jobs", "0"], "--jobs 0: must be at least 1"),
+    (["--seeds", "0"], "--seeds 0: must be at least 1"),
+    (["--only", "everything"], "--only: invalid choice: 'everything'"),
+    ([], "another study works in"),
+])  # fmt: skip
+def test_bad_flags_and_a_second_study_end_with_one_line(flags, said, tmp_path):
+    with (tmp_path / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        command = [sys.executable, SCRIPT, "--work", str(tmp_path), "--output", str(tmp_path / "new"), *flags]
+        done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert said in done.stderr and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1,9 +1,12 @@
 """train.py: the loop visits both stages, does what the method says on every line that is not loss.py's or the pool's,
 writes what it promises, and says in one line what is wrong with its input."""
 
+import fcntl
 import json
 import re
+import shutil
 from importlib.util import find_spec
+from pathlib import Path
 
 import oracle
 import pytest
@@ -24,7 +27,7 @@ START = load_file(TOY / "model.safetensors")
 EVERY_STEP = {
     "step", "stage", "accuracy", "correction_success", "discarded_groups", "loss", "grad_norm", "loss_tokens",
     "clip_fraction", "entropy", "kl", "logp_gap", "logp_gap_max", "capped_fraction", "empty_updates",
-    "nonfinite_updates", "tokens_per_second", "informative_groups", "truncated", "mean_length", "right", "wrong",
+    "nonfinite_updates", "tokens_per_second", "mixed_groups", "truncated", "mean_length", "right", "wrong",
     "ungradable", "pool_size", "visits", "dropped_errors", "questions", "samples", "tokens", "seconds",
     "peak_memory_gb",
 }  # fmt: skip
@@ -83,7 +86,7 @@ def toy_problems(folder, n, source="train.jsonl"):
 
 def test_writes_what_it_promises(standard):
     assert standard.code == 0 and not standard.errors
-    names = {path.name for path in standard.folder.iterdir()}
+    names = {path.name for path in standard.folder.glob("[!.]*")}
     assert names == {"settings.json", "metrics.jsonl", "samples.jsonl", "curves.png", "checkpoints", "final"}
     assert (standard.folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert sorted(p.name for p in (standard.folder / "checkpoints").iterdir()) == ["step_000003", "step_000006"]
@@ -149,7 +152,7 @@ def test_stages_pool_and_prompts_follow_from_the_samples(standard):
             assert m["well_formed"] == sum(r["analysis"] is not None for r in rows) / 64
             assert all(r["verdict"] == "wrong" for r in rows if r["analysis"] is None)  # Eq. 11
         assert m["pool_size"] == len(pool)
-        assert m["informative_groups"] == sum(0 < sum(r["verdict"] == "right" for r in g) < 8 for g in groups) / 8
+        assert m["mixed_groups"] == sum(0 < sum(r["verdict"] == "right" for r in g) < 8 for g in groups) / 8
     assert standard.metrics[-1]["visits"] >= 1
 
 
@@ -764,6 +767,7 @@ BAD_INPUT = {  # flags -> what the one line must name, and what it must tell to 
     "held-out without answer": ("--eval_data {noanswer}", "{noanswer}, line 2", "'answer'"),
     "N < B": ("--pool_trigger 7", "--pool_trigger 7", "raise the one or lower the other"),
     "tau": ("--min_variance 0.3", "--min_variance 0.3", "choose 0 to 0.25"),
+    "tau of an odd G": ("--group_size 3 --min_variance 0.24", "--min_variance 0.24", "--group_size 3"),
     "tau below 0": ("--min_variance -0.1", "--min_variance -0.1", "at least 0"),
     "G": ("--group_size 1", "--group_size 1", "at least 2"),
     "stage 2 of grpo": ("--algorithm grpo --train_stages 2", "--train_stages 2", "leave one of them out"),
@@ -809,7 +813,58 @@ def test_bad_input_is_one_line_and_costs_nothing(case, launch, tmp_path):
     said = run.err.strip().splitlines()
     assert len(said) == 1, said
     assert said[-1].startswith("error: ") and named in said[-1] and told in said[-1], said
-    assert not [path for path in (tmp_path / "out").glob("*") if path.name != "settings.json"]
+    assert not [path for path in (tmp_path / "out").glob("[!.]*") if path.name != "settings.json"]
+    if (tmp_path / "out").exists():  # then it is not in the way of the next start
+        assert launch(tmp_path / "out", "--steps", 0).code == 0
+
+
+def test_the_baselines_have_no_pool_that_could_be_too_small():
+    assert train.parse("--algorithm grpo --questions_per_step 64".split()).questions_per_step == 64
+
+
+def test_resume_must_be_told_where(launch, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "HERE", tmp_path)
+    run = launch(None, "--resume")
+    assert run.code == 2 and len(run.errors) == 1 and "--resume goes on in --output_dir" in run.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_numbered_folders_stand_beside_others(launch, tmp_path, monkeypatch):
+    """Other names may begin with a digit; 1000 follows 999; what is there already, by another start too, is not taken."""
+    monkeypatch.setattr(train, "HERE", tmp_path)
+    for name in ("7b", "1.5b", "003", "1000"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    config = train.parse([])
+    assert [Path(train.find_output(config, False, "")).name for _ in range(2)] == ["1001", "1002"]
+    run = launch(None, "--algorithm", "grpo", "--steps", 0)
+    assert run.code == 0 and "runs/1003" in run.out
+
+
+def test_a_run_that_is_being_written_is_left_alone(launch, tmp_path):
+    assert launch(tmp_path / "run", "--steps", 1, "--algorithm", "grpo").code == 0
+    with (tmp_path / "run" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run = launch(tmp_path / "run", "--steps", 1, "--algorithm", "grpo", "--resume")
+        assert run.code == 2 and len(run.errors) == 1 and "another run is writing there" in run.err
+    assert launch(tmp_path / "run", "--steps", 1, "--algorithm", "grpo", "--resume").code == 0
+
+
+def test_a_broken_library_is_not_blamed_on_a_flag(launch, tmp_path, monkeypatch):
+    def broken(source):
+        raise ImportError("libfoo.so is missing")
+
+    monkeypatch.setattr(train, "load_problems", broken)
+    run = launch(tmp_path / "run")
+    assert run.code == 2 and run.errors == ["error: libfoo.so is missing"]
+
+
+def test_words_about_flags_that_hardly_fit(launch, tmp_path):
+    small = "--steps 0 --eval_questions 8".split()
+    run = launch(tmp_path / "dapo", *small, "--algorithm", "dapo", "--beta", 0.1)
+    assert run.code == 0 and len(run.errors) == 1 and "DAPO has beta 0" in run.errors[0]
+    shutil.copytree(TOY, tmp_path / "mine")
+    run = launch(tmp_path / "own", *small, "--model", tmp_path / "mine", "--eval_data", TOY / "test.jsonl")
+    assert run.code == 0 and len(run.errors) == 1 and "--eval_data is still the toy's" in run.errors[0]
 
 
 def test_an_output_folder_with_a_run_is_not_touched(launch, tmp_path):
