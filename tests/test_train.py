@@ -724,6 +724,8 @@ def test_settings_file_first_and_flags_win(launch, tmp_path):
 def test_ready_made_settings_are_valid(path):
     config = train.parse([str(path)])
     assert config.steps > 0 and path.stem != "toy" or config.model == str(TOY)
+    dapo = train.parse([str(path), "--algorithm", "dapo"])  # is DAPO there too
+    assert (config.clip_high, config.reduction, dapo.clip_high, dapo.reduction) == (0.2, "grpo", 0.28, "dapo")
 
 
 def test_the_toys_settings_are_the_defaults():
