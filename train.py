@@ -699,7 +699,9 @@ def train(run: Run) -> None:
     if state.step == 0:
         record(run, {"step": 0, **evaluate_policy(run)}, [])
     bar = tqdm(total=config.steps, initial=state.step, disable=run.rank != 0, desc=config.algorithm, unit="step")
-    for step in range(state.step + 1, config.steps + 1) if not epochs_over(run) else ():
+    for step in range(state.step + 1, config.steps + 1):
+        if epochs_over(run):  # already: a finished run was resumed
+            break
         started, tokens, run.seconds = time.perf_counter(), state.tokens, Counter()
         run.boundary = boundary(run)
         switched = switch_stage(run, step)  # Eq. 9
