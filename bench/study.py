@@ -1,14 +1,16 @@
 """A miniature study of ScRPO on the embedded toy: does it help, by how much, and which part of it does?
 
-    python bench/study.py                    # the core: what is missing in runs/study is run, then RESULTS.md is written
+    python bench/study.py                    # the core: what is missing in runs/study is run, then its RESULTS.md written
     python bench/study.py --only scarce      # one group of it: budgets, stage2, scarce or hard
     python bench/study.py --full             # the sweeps too: groups rates and pool
     python bench/study.py --report           # only tables and figure, from the runs that are there
+    python bench/study.py --full --output bench           # publish: the same section in bench/RESULTS.md, and its figures
     python bench/study.py --time             # measure bench/seconds_per_step.json again, on an idle machine
 
 1. An *arm* is a method under a budget: flags of train.py, and perhaps a fork of a few lines (section 2). Each run of an
    arm at a seed is a process of its own that calls train.main; its result is one JSON file, written whole or not at
-   all. Kill the study at any time; the same command goes on, and loses at most the runs in progress (half a minute).
+   all. Kill the study at any time; the same command goes on, and loses at most the runs in progress (half a minute). A
+   result is used again where its flags are the same: delete runs/study after a change of what train.py computes.
 2. Budgets are spent, not planned: a fork of both stages counts samples, stage-1 questions, corrections or seconds, lets
    the learning rate fall as a cosine of the share spent, and ends the run when all is spent. So every method reaches
    rate 0 just as its own budget ends. Not a constant rate, under which one run would serve all budgets: the toy's
@@ -18,8 +20,8 @@
 4. The same seed means the same order of questions and the same seeds of samples in every arm, so tests are paired over
    seeds. Beside each stands the difference that it would have detected with 80 % power. Seeds are 0, 1, ..., n-1; the
    budget was chosen by looking at GRPO alone at seed 100 (0.88 after 24 steps: learned much, no ceiling).
-5. With a GPU the same commands run there, since train.py finds it; --train_flags "--model ... --train_data ..." puts a
-   larger policy in the toy's place. That was not tried: there was no GPU.
+5. With a GPU the same commands run there, since train.py finds it; --train_flags "--model ... --train_data ...
+   --eval_data ..." puts a larger policy in the toy's place. That was not tried: there was no GPU.
 """
 
 import argparse
@@ -36,6 +38,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 
@@ -44,14 +47,15 @@ ROOT = BENCH.parent
 SECONDS = BENCH / "seconds_per_step.json"
 BASE = ("--schedule constant --rollout auto --steps 2000 --save_every 100000 --eval_every 0 --samples_per_step 0 "
         "--grader_workers 1 --learning_rate 5e-4")  # fmt: skip
-SEEDS = {"budgets": 5, "stage2": 5, "scarce": 5, "hard": 5, "rates": 5, "pool": 5, "smoke": 1}  # of each group
+SEEDS = {"budgets": 8, "stage2": 8, "scarce": 8, "hard": 8, "rates": 8, "pool": 8, "smoke": 1}  # of each group
 CORE = ("budgets", "stage2", "scarce", "hard")
 HARD = ("--digits", "4", "--seed", "1", "--steps", "400")  # of make_toy.py: longer sums, other misconceptions, less training
 MEASURES = ("accuracy", "fixed errors corrected", "own errors corrected", "right answers spoiled")
 RULES = {"analysis": "", "all tokens": "--credit response", "both signs": "--success_conditioned False"}  # who gets credit
 RATES, MORE_RATES = ("2.5e-4", "5e-4"), ("1.25e-4", "1e-3")  # --full adds the latter
 BUDGETS = (("Equal samples", "samples"), ("Equal stage-1 questions", "questions"), ("Equal seconds", "seconds"))
-STAGE2 = "Stage 2 alone: no gradient from stage 1, equal corrections"  # two tables' titles
+STAGE2 = "Stage 2 alone: no gradient from stage 1, equal corrections"  # titles of tables
+METHOD_RATES = "Learning rates of the methods (5e-4 where none is named), equal "
 FILTER = "Variance filter (Eq. 7) on and off, equal samples"
 TIMING_SEED = 100  # also the seed by which the budget was chosen; not one of the study's
 
@@ -103,9 +107,14 @@ def make_arms(smoke: bool = False) -> dict[str, Arm]:
         for method in ("GRPO", "DAPO", "ScRPO"):
             flags = f"{size} --algorithm {method.lower()} --learning_rate {rate}"
             arms[f"{method} at {rate}"] = Arm("samples", amount["samples"], flags)
+        arms[f"ScRPO at {rate}, questions"] = Arm("questions", amount["questions"], f"{size} --learning_rate {rate}")
     for setting in ("pool_trigger 64", "pool_trigger 128", "errors_per_question 2", "errors_per_question 8"):
         arms[setting] = Arm("samples", amount["samples"], f"{size} --{setting}")  # the later flag wins
     return arms
+
+
+def scarce_title(more: str, unit: str) -> str:
+    return f"Scarce labels: 32 training questions{more}, equal {'question draws' if unit == 'questions' else unit}"
 
 
 def make_tables(arms: dict[str, Arm], smoke: bool = False) -> list[tuple[str, str, list[str], list[tuple[str, str]]]]:
@@ -128,15 +137,17 @@ def make_tables(arms: dict[str, Arm], smoke: bool = False) -> list[tuple[str, st
     for name, start, more in (("scarce", "vanilla", ""), ("hard", "hard vanilla", ", longer sums, a shakier start")):
         for unit in ("samples", "questions", "seconds"):
             rows = [f"{name} GRPO", f"{name} ScRPO, {unit}", f"{name} ScRPO all errors, {unit}"]
-            title = f"Scarce labels: 32 training questions{more}, equal {unit}"
+            title = scarce_title(more, unit)
             tables.append((name, title, [start, *rows], [(rows[0], start), (rows[1], rows[0]), (rows[2], rows[0])]))
     rates = sorted((*RATES, *MORE_RATES), key=float)
     tables.append(("rates", "Learning rates of the credit rules, stage 2 alone, equal corrections",
                    [f"{rule}, {rate}" for rule in RULES for rate in rates],
                    [(f"analysis, {rate}", f"both signs, {rate}") for rate in rates]))  # fmt: skip
-    tables.append(("rates", "Learning rates of the methods (5e-4 where none is named), equal samples",
-                   ["GRPO", "DAPO", "ScRPO, samples", *(a for a in arms if " at " in a)],
+    methods = [f"{method} at {rate}" for rate in MORE_RATES for method in ("GRPO", "DAPO", "ScRPO")]
+    tables.append(("rates", METHOD_RATES + "samples", ["GRPO", "DAPO", "ScRPO, samples", *methods],
                    [(f"ScRPO at {rate}", f"GRPO at {rate}") for rate in MORE_RATES]))  # fmt: skip
+    pairs = [(f"ScRPO at {rate}, questions", f"GRPO at {rate}") for rate in MORE_RATES]
+    tables.append(("rates", METHOD_RATES + "stage-1 questions", ["GRPO", "ScRPO, questions", *sum(pairs, ())], pairs))
     pool = [a for a in arms if a.startswith(("pool_", "errors_"))]
     tables.append(("pool", "Pool trigger (else 32) and errors per question (else 1), equal samples",
                    ["GRPO", "ScRPO, samples", *pool], [(a, "ScRPO, samples") for a in pool]))  # fmt: skip
@@ -265,18 +276,20 @@ def one_run(name: str, arm: Arm, seed: int, options) -> None:
     work, folder = options.work, options.work / f"tmp-{os.getpid()}"
     toy = ROOT / "toy" if arm.toy == "toy" else work / arm.toy
     flags = ["--model", str(toy), "--train_data", str(toy / "train.jsonl"), "--eval_data", str(toy / "test.jsonl")]
+    flags = [*shlex.split(BASE), *flags, *shlex.split(arm.flags), *shlex.split(options.train_flags)]
     folder.mkdir(parents=True)
     if arm.labels:  # another set for each seed, the same for all arms
-        lines = (toy / "train.jsonl").read_text().splitlines(keepends=True)
+        data = Path(flags[len(flags) - flags[::-1].index("--train_data")])  # the last of them is the one in force
+        lines = data.read_text().splitlines(keepends=True)
         (folder / "few.jsonl").write_text("".join(lines[seed * arm.labels:][:arm.labels]))
         flags += ["--train_data", str(folder / "few.jsonl")]
     if arm.fork:
         FORKS[arm.fork](train, seed)
     within_budget(train, arm, prices())
-    fixed = work / f"errors-{arm.toy}{'-smoke' if options.smoke else ''}.json"
+    policy = f"{arm.toy}-{crc32(options.train_flags.encode()):08x}" if options.train_flags else arm.toy
+    fixed = work / f"errors-{policy}{'-smoke' if options.smoke else ''}.json"
     train.evaluate_policy = lambda run: measure(run, train, fixed, options.smoke)
     train.summary = lambda run: None
-    flags = [*shlex.split(BASE), *flags, *shlex.split(arm.flags), *shlex.split(options.train_flags)]
     train.main([*flags, "--seed", str(seed), "--output_dir", str(folder / "run")])
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     keep = ("stage", "samples", "accuracy", "correction_success", "entropy", "seconds")
@@ -302,8 +315,9 @@ def result_file(options, name: str, seed: int) -> Path:
 
 
 def definition(arm: Arm, options) -> dict:
-    """What a result depends on; where it has changed, the run is done again."""
-    return json.loads(json.dumps({"arm": asdict(arm), "train_flags": options.train_flags, "price": prices()}))
+    """The flags and prices that a result depends on; where they have changed, the run is done again."""
+    flags = {"base": BASE, "train_flags": options.train_flags, "toy": HARD if arm.toy == "hard" else ()}
+    return json.loads(json.dumps({"arm": asdict(arm), **flags, "price": prices()}))
 
 
 def load(options, name: str, arm: Arm, seed: int) -> dict | None:
@@ -419,6 +433,9 @@ EXPLAINED = f"""Same policy, questions and sample seeds in all arms at a seed. C
 answered right with one sample each; share of 300 fixed errors (of the untrained policy, held-out problems) put right; share
 of the policy's own errors on the 1,000 put right; share of 200 of its right answers that end up wrong when it is told that
 they are wrong and asked to correct them; entropy in nats a token on held-out answers; the rest is what training spent.
+Seconds are charged, not measured: each step at its kind's price in seconds_per_step.json, by its number of samples. The
+prices are those of the three-digit toy with an update in each step; the scarce and the harder tasks' stage 2 costs less
+than that, so that ScRPO with all errors, at equal charged seconds, got somewhat less than equal time there.
 ± and [] are 95 % intervals (t) over seeds, tests are paired t tests over seeds, `detectable` is the difference that this
 number of seeds with this spread finds with 80 % power. p is not corrected for the number of comparisons.
 
@@ -427,21 +444,27 @@ paper's claim); `all tokens` of successful corrections; `both signs`: the analys
 `random tokens`: as many tokens, drawn from the whole correction, of which about half lie in its analysis; `random success`:
 the verdicts dealt out again within each group, so that success has the same rate and no meaning. At success rate p the first
 rule's gradient is (1−p) times that of both signs; AdamW and clipping to norm 1 take most of such a factor out again, and
-two rates are shown because neither need suit both. The main tables share one learning rate, 5e-4, tuned for no method.
+two rates are shown because neither need suit both, and four in the sweep. The main tables share one learning rate, 5e-4,
+tuned for no method; the sweep shows what another would have changed.
 
 What may not be concluded, whatever the numbers: **transfer is built into this toy**. Its analyses contain solution steps
 (`Step 2: 6+9+0=15 not 16`), so a policy whose analyses improve has practised solving; that learning to diagnose helps to
 solve where the two are different texts is not shown here. Nor does a policy of 0.3 million parameters on three-digit sums
-say how large an effect is on a 1.5B model. "No difference shown" is not "no difference": see `detectable`. Correction of right
+say how large an effect is on a 1.5B model. All seeds share one policy, one test set and one set of fixed errors: the
+intervals hold the noise of sampling and order (and of the 32 labels), not that of another policy. In the scarce tables every
+arm has the same labels, so there equal samples and equal seconds compare at equal labels; with equal question *draws* ScRPO
+samples more, and GRPO was not given more. "No difference shown" is not "no difference": see `detectable`. Correction of right
 answers is asked with the words for wrong ones, which no arm was trained for. The harder toy is
-`toy/make_toy.py {' '.join(HARD)}`: four-digit sums, other misconceptions, a training that ended earlier. All
-seeds of a table are shown, and a sweep appears once its seeds are run."""
+`toy/make_toy.py {' '.join(HARD)}`: four-digit sums, other misconceptions, a training that ended earlier. Eight
+seeds were planned; 0 to 4 were run first, and their tables read, before 5 to 7. All seeds of a table are shown."""
 
 
 CLAIMS = (  # in the paper's words or ours, and the difference that would show it: (claim, table, arm, arm, measure)
     *(("ScRPO solves more than GRPO", title, f"ScRPO, {unit}", "GRPO", MEASURES[0]) for title, unit in BUDGETS),
+    *(("... at other learning rates too", METHOD_RATES + budget, f"ScRPO at {rate}{unit}", f"GRPO at {rate}", MEASURES[0])
+      for budget, unit in (("samples", ""), ("stage-1 questions", ", questions")) for rate in MORE_RATES),
     *(("ScRPO corrects more errors than GRPO", title, f"ScRPO, {unit}", "GRPO", MEASURES[1]) for title, unit in BUDGETS),
-    *((f"... solves more with scarce labels{also} too", f"Scarce labels: 32 training questions{more}, equal {unit}",
+    *((f"... solves more with scarce labels{also} too", scarce_title(more, unit),
        f"{toy} {method}, {unit}", f"{toy} GRPO", MEASURES[0])
       for toy, also, more in (("scarce", "", ""), ("hard", " and longer sums", ", longer sums, a shakier start"))
       for unit in ("samples", "questions", "seconds") for method in ("ScRPO", "ScRPO all errors")),
@@ -473,7 +496,7 @@ def complete(rows: list[str], wanted: int, arms, options) -> tuple[int, dict[str
 
 def levels(results: dict[str, list[dict]]) -> list[str]:
     """Each arm's means, intervals, and what it spent."""
-    lines = [row_of(["", *MEASURES, "steps (stage 2)", "samples", "stage-1 questions", "seconds", "1,000 tokens", "entropy",
+    lines = [row_of(["", *MEASURES, "steps (stage 2)", "samples", "stage-1 questions", "seconds (charged)", "1,000 tokens", "entropy",
                      "accuracy by seed"]), "|" + " --- |" * 12]  # fmt: skip
     for name, runs in results.items():
         cells = [name]
@@ -573,23 +596,34 @@ def draw(shown: dict[str, dict[str, list[dict]]], path: Path) -> None:
     plt.close(figure)
 
 
+def fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--only", choices=[group for group in SEEDS if group != "smoke"], help="one group of arms")
-    parser.add_argument("--full", action="store_true", help="all groups: the sweeps too, hours")
+    parser.add_argument("--full", action="store_true", help="all groups: the sweeps too, twice as long")
     parser.add_argument("--seeds", type=int, help="0 .. n-1 in every group, instead of each group's own number")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "study", help="folder of the runs' results")
-    parser.add_argument("--output", type=Path, default=BENCH, help="folder of RESULTS.md and study.png")
+    parser.add_argument("--output", type=Path, help="folder of RESULTS.md and its figures; default: --work's")
     parser.add_argument("--train_flags", default="", help="more flags of train.py, for every run")
     parser.add_argument("--report", action="store_true", help="run nothing, only write what is there")
     parser.add_argument("--time", action="store_true", help="only measure seconds_per_step.json again")
     parser.add_argument("--smoke", action="store_true", help="a minute's version, for the test")
     parser.add_argument("--run", help=argparse.SUPPRESS)  # one run, in its own process
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
+    parser.error = fail
     options = parser.parse_args()
+    for name in ("seeds", "jobs"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            fail(f"--{name} {getattr(options, name)}: must be at least 1")
     options.work = options.work.resolve()
     options.work.mkdir(parents=True, exist_ok=True)
+    options.output = options.output or options.work
+    options.output.mkdir(parents=True, exist_ok=True)
     arms = make_arms(options.smoke)
     if options.run:
         return one_run(options.run, arms[options.run], options.seed, options)
@@ -597,7 +631,7 @@ def main() -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        sys.exit(f"error: another study works in {options.work}; wait for it, or give another --work")
+        fail(f"another study works in {options.work}; wait for it, or give another --work")
     for left_over in options.work.glob("tmp-*"):
         shutil.rmtree(left_over)
     if options.time:
