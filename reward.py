@@ -273,7 +273,7 @@ def times(match):
     return rf"\cdot {SCALES[match[2].lower()]}{match[1] or ' '}"
 
 
-SCALES = {"dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 NOTATION = [  # what a marker does not see, in this order
     (r"\\[()\[\]]|^\s*\*\*|\*\*\s*$|(?<!\\)\$|\\\\$", ""), (r"\*\*", "^"),   # delimiters; powers
     (r"\\!\s*|\\(?:left|right|[bB]igg?[lrm]?|displaystyle|limits|bf|rm|it)(?![A-Za-z])\.?", ""),
@@ -287,7 +287,7 @@ NOTATION = [  # what a marker does not see, in this order
     (r"\\text\{\s*,?\s*(?:and|or)\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|\\l(?:or|and)(?![A-Za-z])", ","),
     (r"\\text\{\s*(?:\\?%|percent(?:age)?)\s*\}|(?<![A-Za-z\\])(?:percent(?:age)?|pct)\b|(?<!\\)%", r"\\%"),
     (r"\\[$#]|[€£¥₹]|\\text\{(?:USD|Rs\.?|\s*\.?)\s*\}", ""),              # money
-    (rf"(?i)(?<=[\d}}])\s?(\\text\{{)?\s*({'|'.join(SCALES)})s?(?![A-Za-z])\s*", times),
+    (rf"(?i)(?<=[\d}}])\s?(\\text\{{)?\s*({'|'.join(SCALES)})s?(?![A-Za-z-])\s*", times),
     (r"(?i)\\text\{\s*(?:no (?:real )?solutions?|(?:the )?empty set)\s*\}|^no (?:real )?solutions?$"
      r"|\\varnothing|\\\{\s*\\\}", r"\\emptyset "),
     (r"(?i)\\text\{\s*all real numbers\s*\}|^all real numbers$", r"\\mathbb{R}"),
@@ -300,7 +300,9 @@ WORD = (r"(?:[A-Za-z]{4,}|[cmkd]m|[km]g|in|ft|yd|mi|lbs?|oz|m[lL]|[mk]ph|hrs?|mi
         r"|k?m/[hs])\.?(?:\^\{?\d\}?)?")
 UNIT = re.compile(rf"(?<=[\w}})\]!|])\s?(?:{TEXT}(?:\s?(?:/|\\cdot)?\s?{TEXT})*"
                   rf"|(?<=[\d}} ]){WORD}(?:[ /]{WORD})*)$")  # at the end, behind a number or a bracket
-NO_UNIT = re.compile(r"(?i)\b(?:or|not|less|more|least|most|hal(?:f|ves)|(?:third|fourth|fifth|sixth|eighth|tenth)s?)\b")
+PART = r"hal(?:f|ves)|(?:third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth|thousandth|millionth)s?"
+NO_UNIT = re.compile(rf"(?i),\s?(?:less|more|fewer|greater)\b|\bat (?:least|most)\b|\bnot\b"  # the comma was an `or`
+                     rf"|^\W*(?:\\text\{{)?\s*(?:{PART}|squared|cubed)\W*$")
 NUMBERS = [  # one notation for each number and name, in this order
     (r"(?<=\d)(?:st|nd|rd|th)$|\^\{?(?:\\text\{)?(?:st|nd|rd|th)\}*$", ""),  # ordinals
     (r"\\text\{\s*([-+]?[\d.,]+|[A-Za-z]|\(?[A-Z][).:]*)\s*\}", r"\1"),
@@ -336,7 +338,9 @@ def tidy(text):
     for pattern, replacement in NOTATION:
         text = re.sub(pattern, replacement, text)
     unit = UNIT.search(text)
-    if unit := unit and not NO_UNIT.search(unit[0]) and unit:
+    if unit and NO_UNIT.search(unit[0]):
+        unit = None
+    if unit:
         text = text[:unit.start()]
     for pattern, replacement in NUMBERS:
         text = re.sub(pattern, replacement, text)
@@ -344,8 +348,9 @@ def tidy(text):
 
 
 def unit_name(unit):
-    r"""cm2 for \text{ cm}^2, centimeters2 for square centimeters; "" for degrees, which are no length."""
+    r"""cm2 for \text{ cm}^2 and for square centimeters; "" for degrees, which are no length."""
     name = re.sub(r"\\text|squared?|cub(?:ic|ed)|sq|cu|degrees?|[^A-Za-z]", "", unit).lower()
+    name = re.sub("(kilo|centi|milli|deci|)(meter|metre|gram|liter|litre)s?", lambda m: m[1][:1] + m[2][0], name)
     power = 3 if re.search("cu|3", unit) else 2 if re.search("sq|2", unit) else 1
     return f"{name}{power}" if name else ""
 
@@ -355,13 +360,17 @@ def clash(gold, answer):
     if not (gold and answer):
         return False
     metric = all(re.fullmatch(r"[kcmd]?[mgl]\d", unit) for unit in (gold, answer))
-    return gold[0] != answer[0] or gold[-1] != answer[-1] or metric and gold != answer
+    lengths = all(re.match(r"[kcmd]?m\d|in|f(?:t|oot|eet)|y(?:d|ard)|mi|unit", unit) for unit in (gold, answer))
+    return gold[0] != answer[0] or metric and gold != answer or lengths and gold[-1] != answer[-1]
 
 
 def readings(raw):
     """(the one or two ways in which a marker may read an answer, the likelier first; its unit)"""
     text, unit = tidy(raw)
-    if choice := re.fullmatch(r"\(?([A-J])\s?[).:](?!\s?[A-J]$)\s?(.*)", text):
+    if re.fullmatch(r"\([a-j]\)", text):
+        text = text.upper()
+    another = r"\s?(?:[,;]|[A-J][.)]|.*\([A-J]\))"  # "(C), (D)" is no choice, nor is "A: B"
+    if choice := re.fullmatch(rf"(?:\(([A-J])\)|([A-J])\s?[).:](?!\s?[A-J]$))(?!{another})\s?(.*)", text):
         return [part for part in choice.groups() if part], unit  # "(B) 12": a choice, and its value
     if text.endswith(r"\%"):  # 50% is 50, where the question says per cent, and 0.5
         number = text[:-2].strip()
@@ -417,7 +426,7 @@ def alike(gold, answer):
     """Whether two texts are the same letter for letter; in words, and in a choice, be they upper or lower case. The
     variables R and r are two."""
     a, b = letters(gold), letters(answer)
-    words = wordy(gold) or wordy(answer) or re.fullmatch("[A-Ja-j]|[A-Za-z]{3}|no", a, re.IGNORECASE)
+    words = wordy(gold) or wordy(answer) or re.fullmatch("[A-J]|yes|no|odd|all", a, re.IGNORECASE)
     return a == b or bool(words) and a.casefold() == b.casefold()
 
 
@@ -459,8 +468,8 @@ def permuted(golds, answers):
 
 def same_value(gold, answer):
     is_equation = [len(split(text, "=") or []) > 1 for text in (gold, answer)]
-    if all(is_equation) and solved(gold) and not solved(answer):
-        return False
+    if all(is_equation) and solved(gold) and not (solved(answer) or "0" in split(answer, "=")):
+        return False  # a step on the way; but y + 2 = 0 is a line's usual form
     if is_equation[0] != is_equation[1]:
         gold, answer = value(gold), value(answer)
     return equal(read(gold), read(answer))
