@@ -396,6 +396,18 @@ def write_json(path, value):
     os.replace(path.with_suffix(".tmp"), path)
 
 
+def lock(folder):
+    """Keeps other processes out of a folder as long as the file that it returns is open. BlockingIOError: one is in it."""
+    file = open(folder / ".lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass  # some file systems have no locks, and have to do without
+    return file
+
+
 def open_output(folder, settings):
     """(state, None) of the folder, new or left by an evaluation with the same settings, or (None, what is wrong).
 
@@ -404,7 +416,7 @@ def open_output(folder, settings):
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.dup(lock(folder).fileno())
     except OSError as error:
         busy = isinstance(error, BlockingIOError)
         reason = "another evaluation is writing there" if busy else error.strerror
@@ -676,7 +688,8 @@ def regrade(c):
         fail(f"--regrade {source}: there is no such file; name a {ANSWERS}")
     if (folder / ANSWERS).exists():
         fail(f"--output {folder} holds {ANSWERS} already, which would be lost; name another folder")
-    graded = lambda r: r.get("solution", r["response"])  # Eq. 11 in a file of corrections, else Eq. 1
+    # Eq. 11 in a file of corrections, which alone have `well_formed`, else Eq. 1.
+    graded = lambda r: (r["solution"] if r["well_formed"] else "") if "well_formed" in r else r["response"]
     items = [(graded(r), r["gold"]) for r in completions(source)]
     if not items:
         fail(f"--regrade {source}: the file is empty; name a {ANSWERS}")

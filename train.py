@@ -34,7 +34,6 @@ How it stays simple at any size:
 Left out on purpose: tensor parallelism, off-policy rollouts, a reward model, more than one turn of correction.
 """
 
-import fcntl
 import hashlib
 import io
 import json
@@ -66,7 +65,7 @@ from transformers import HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
 from error_pool import ErrorPool, after_thinking, correction_prompt, informative, next_stage
-from evaluate import (accuracy, askable, check_golds, fail, flag, gather, load_policy, sample_answers,
+from evaluate import (accuracy, askable, check_golds, fail, flag, gather, load_policy, lock, sample_answers,
                       sample_corrections, start_distributed, warn)
 from loss import (analysis_mask, carries_gradient, deal, group_advantages, importance_weights, overlong_punishment,
                   policy_loss, step_denominator, token_logprobs)
@@ -668,11 +667,13 @@ class Run:
     def __init__(self, config: Config):
         self.config, self.state, self.seconds = config, State(), Counter()
         self.stop = self.sampling = False
+        self.exit_code = 0
 
-    def interrupt(self, *_) -> None:
+    def interrupt(self, number: int, *_) -> None:
         """SIGTERM or Ctrl-C. While samples are drawn, which may take minutes, the weights are still those of the last boundary,
         and the step is given up; during the short update it is finished first."""
         again, self.stop = self.stop, True
+        self.exit_code = 130 if number == signal.SIGINT else 0  # Ctrl-C: the shell's next command is not wanted either
         if self.sampling and not again:
             raise Preempted
 
@@ -1064,9 +1065,11 @@ def claim_output(run: Run) -> None:
     config.output_dir = gather([name])[0]
     run.output = Path(config.output_dir)
     settings = json.loads(json.dumps({**asdict(config), "ranks": run.world, "launch": launch}))
-    path, begun = run.output / "settings.json", (run.output / "metrics.jsonl").exists()
+    path, metrics = run.output / "settings.json", run.output / "metrics.jsonl"
     try:
-        if path.exists() and begun:  # a start that failed before its first measurement is not in the way of the next
+        measured = metrics.exists() and metrics.stat().st_size > 0
+        shards = any((run.output / "checkpoints").glob("step_*"))
+        if path.exists() and (measured or shards):  # a start that failed before it had either is not in the way
             saved = json.loads(path.read_text())
             free = {*FREE, "launch"} - ({"steps"} if config.schedule == "cosine" else set())
             changed = [name for name in saved if name not in free and saved[name] != settings.get(name)]
@@ -1075,16 +1078,15 @@ def claim_output(run: Run) -> None:
             elif changed:
                 error = (f"--resume with another {changed[0]} ({saved[changed[0]]} in {path}, now "
                          f"{settings.get(changed[0])}) would be another run; put it back, or choose another --output_dir")
-        elif begun:
+        elif measured:
             error = f"--output_dir {run.output} holds metrics.jsonl but no settings.json; choose another folder"
-        elif run.rank == 0 and (run.output / "checkpoints").exists() and not path.exists():  # separate disks, nodes in another order
+        elif run.rank == 0 and shards:  # separate disks, nodes in another order
             error = (f"--output_dir {run.output} holds another rank's checkpoints and no settings.json: rank 0 must be on "
                      "the node it was on; torchrun --node_rank with a static rendezvous fixes the order")
         agree(error)  # and only then does anybody write
         run.output.mkdir(parents=True, exist_ok=True)
         if run.rank == 0:
-            run.lock = (run.output / ".lock").open("w")  # until this process ends, however it ends
-            fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            run.lock = lock(run.output)  # until this process ends, however it ends
             write_whole(path, json.dumps(settings, indent=1).encode())
     except BlockingIOError:
         error = f"--output_dir {run.output}: another run is writing there; wait for its end, or name another folder"
@@ -1170,8 +1172,11 @@ def set_up(arguments: list[str]) -> Run:
     claim_output(run)
     try:
         build(run)
-    except (ValueError, RuntimeError) as problem:  # perhaps on this rank alone: one GPU of many may be full
-        fail(" ".join(str(problem).split())[:500], alone=True)
+    except ValueError as problem:
+        fail(" ".join(str(problem).split()), alone=True)
+    except RuntimeError as problem:  # perhaps on this rank alone: one GPU of many may be full
+        told = "".join(traceback.format_exception(problem))
+        fail(f"{' '.join(str(problem).split())[:300]} (traceback: {keep_traceback(run, told)})", alone=True)
     return run
 
 
@@ -1197,6 +1202,17 @@ def introduce(run: Run, resumed: bool) -> None:
         warn(f"--learning_rate {config.learning_rate} suits the toy; {million:,.0f} M parameters usually get 1e-6")
 
 
+def keep_traceback(run: Run, told: str) -> Path:
+    file = run.output / f"error_rank_{run.rank}.txt"
+    with suppress(OSError):
+        file.write_text(told)
+    return file
+
+
+def say_stopped(run: Run) -> None:
+    run.say(f"stopped by a signal after step {run.state.step}; --output_dir {run.output} --resume goes on from there")
+
+
 def leave(run: Run, error: BaseException) -> None:
     """Ends this rank by itself: another may have died or left, so nothing here is collective and no destructor runs.
 
@@ -1207,7 +1223,7 @@ def leave(run: Run, error: BaseException) -> None:
     if run.boundary and not isinstance(error, OSError):
         with suppress(OSError):
             save_checkpoint(run, run.boundary)
-    store, code, lost = dist.distributed_c10d._get_default_store(), 0, []
+    store, code, lost = dist.distributed_c10d._get_default_store(), run.exit_code, []
     told = "".join(traceback.format_exception(error))
     try:
         store.set(f"alive_{run.rank}", "")
@@ -1217,21 +1233,21 @@ def leave(run: Run, error: BaseException) -> None:
     except RuntimeError:  # without torchrun the store is rank 0's, and gone with it
         lost = [0]
     if not isinstance(error, Preempted) and (lost or not run.stop):  # else all got SIGTERM, and some left before us
-        code, traceback_file = 1, run.output / f"error_rank_{run.rank}.txt"
-        with suppress(OSError):
-            traceback_file.write_text(told)
+        code, traceback_file = 1, keep_traceback(run, told)
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         cause = f"lost rank {', '.join(map(str, lost))}" if lost else cause
         print(f"error: rank {run.rank}, after step {run.state.step}: {cause[:300]} (traceback: {traceback_file}); "
               f"--output_dir {run.output} --resume goes on from the last whole checkpoint", file=sys.stderr)
+    elif isinstance(error, Preempted):
+        say_stopped(run)
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(code)
 
 
 def main(arguments: Optional[list[str]] = None) -> None:
     run = set_up(sys.argv[1:] if arguments is None else arguments)
-    for interruption in (signal.SIGTERM, signal.SIGINT):  # the machine is wanted for another; Ctrl-C
-        signal.signal(interruption, run.interrupt)
+    interruptions = (signal.SIGTERM, signal.SIGINT)  # the machine is wanted for another; Ctrl-C
+    handlers = [signal.signal(number, run.interrupt) for number in interruptions]
     try:
         with run.grader:
             resumed = load_checkpoint(run)
@@ -1239,8 +1255,7 @@ def main(arguments: Optional[list[str]] = None) -> None:
             introduce(run, resumed)
             train(run)
             if run.stop:
-                run.say(f"stopped by a signal after step {run.state.step}; --output_dir {run.output} --resume goes on "
-                        "from there")
+                say_stopped(run)
             else:
                 save_final(run)
                 summary(run)
@@ -1248,7 +1263,12 @@ def main(arguments: Optional[list[str]] = None) -> None:
         fail(str(error))
     except (Preempted, RuntimeError, OSError) as error:  # SIGTERM; a lost rank or no memory; a full disk
         leave(run, error)
+    finally:
+        for number, handler in zip(interruptions, handlers):
+            signal.signal(number, handler)
     dist.destroy_process_group()
+    if run.exit_code:
+        sys.exit(run.exit_code)
 
 
 if __name__ == "__main__":

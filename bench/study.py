@@ -279,7 +279,11 @@ def one_run(name: str, arm: Arm, seed: int, options) -> None:
     flags = [*shlex.split(BASE), *flags, *shlex.split(arm.flags), *shlex.split(options.train_flags)]
     folder.mkdir(parents=True)
     if arm.labels:  # another set for each seed, the same for all arms
-        data = Path(flags[len(flags) - flags[::-1].index("--train_data")])  # the last of them is the one in force
+        last = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # of several flags the last one is in force
+        last.add_argument("--train_data", type=Path)
+        data = last.parse_known_args(flags)[0].train_data
+        if not data.is_file():
+            sys.exit(f"error: --train_data {data} in --train_flags: scarce labels are cut from a JSONL file; give one")
         lines = data.read_text().splitlines(keepends=True)
         (folder / "few.jsonl").write_text("".join(lines[seed * arm.labels:][:arm.labels]))
         flags += ["--train_data", str(folder / "few.jsonl")]
@@ -292,6 +296,8 @@ def one_run(name: str, arm: Arm, seed: int, options) -> None:
     train.summary = lambda run: None
     train.main([*flags, "--seed", str(seed), "--output_dir", str(folder / "run")])
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    if MEASURES[1] not in lines[-1]:  # a signal stopped it before its last evaluation
+        sys.exit("error: stopped before its end")
     keep = ("stage", "samples", "accuracy", "correction_success", "entropy", "seconds")
     write_whole(result_file(options, name, seed), {
         **lines[-1], **definition(arm, options),
@@ -342,7 +348,7 @@ def run_all(jobs: list[tuple[str, int]], arms: dict[str, Arm], options) -> None:
                    "--train_flags", options.train_flags, *["--smoke"] * options.smoke]  # fmt: skip
         with log.open("w") as file:
             code = subprocess.run(command, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
-        if code:
+        if code or load(options, name, arms[name], seed) is None:
             raise RuntimeError(f"{name}, seed {seed} ended with code {code}; see {log}")
         log.unlink()
         done += 1

@@ -99,7 +99,6 @@ def launch():
         where = ["--output_dir", folder] if folder is not None else []
         for name in RANK_VARIABLES:
             os.environ.pop(name, None)
-        handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
         out, err, code = io.StringIO(), io.StringIO(), 0
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
             patch.setattr(os, "_exit", ended)
@@ -110,8 +109,6 @@ def launch():
             except SystemExit as end:
                 code = end.code or 0
             finally:
-                for interruption, handler in handlers.items():
-                    signal.signal(interruption, handler)
                 if dist.is_initialized():
                     dist.destroy_process_group()
                 for name in RANK_VARIABLES:

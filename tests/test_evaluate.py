@@ -418,10 +418,13 @@ def test_regrade_gives_the_same_verdicts_and_repairs_wrong_ones(baseline, run, t
 def test_regrade_of_corrections_looks_at_the_corrected_solution_only(run, tmp_path):
     """A right box in the analysis earns nothing (Eq. 11), as when it was first graded."""
     row = {"problem": "1+1", "response": "Analysis: \\boxed{2}\nCorrected Solution: it is 2", "gold": "2"}
-    rows = [{**row, "solution": " it is 2"}, {**row, "solution": " \\boxed{2}"}, {**row, "solution": ""}]
+    rows = [{**row, "solution": " it is 2", "well_formed": True}, {**row, "solution": " \\boxed{2}", "well_formed": True},
+            {**row, "solution": "", "well_formed": False},
+            {**row, "solution": "of a benchmark: \\boxed{2}", "response": "\\boxed{3}"}]  # no file of corrections
     assert run("--regrade", write(tmp_path / "corrections.jsonl", rows))[0] == 0
     again = lines(tmp_path / "corrections-regraded" / "completions.jsonl")
-    assert [(r["verdict"], r["answer"]) for r in again] == [("wrong", None), ("right", "2"), ("wrong", None)]
+    assert [(r["verdict"], r["answer"]) for r in again] == [
+        ("wrong", None), ("right", "2"), ("wrong", None), ("wrong", "3")]
 
 
 def test_regrade_of_minimal_lines_groups_samples_by_problem(run, tmp_path):

@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import shutil
+import signal
 import subprocess
 import time
 
@@ -474,7 +475,14 @@ def test_ctrl_c_saves_too(ranks, pair, tmp_path):
     patch = SIGTERM.format(where="rollout.TransformersEngine", name="generate", call=2, ranks=(0, 1))
     patch = patch.replace("os.kill(os.getpid(), signal.SIGTERM)", "[os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]")
     job = ranks(back_to(pair, 2, tmp_path / "run"), *FLAGS, "--steps", 4, "--resume", patch=patch)
-    resumed(job, ranks, pair, said="resumed after step 3")
+    run = resumed(job, ranks, pair, codes=(130, 130), said="resumed after step 3")
+    assert not run.errors and "stopped by a signal after step 3" in run.out
+
+
+def test_a_script_that_trains_gets_its_signals_back(launch, tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    assert launch(tmp_path / "run", *FLAGS, "--steps", 0).code == 0
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
 def test_a_rank_that_cannot_start_says_so_itself(ranks, tmp_path):
@@ -493,7 +501,9 @@ train.make_engine = full
         time.sleep(0.05)
     job.kill(0)
     job.result()
-    assert job.codes[1] == 2 and job.said(1, "err").splitlines()[-1] == "error: rank 1: CUDA out of memory"
+    said = f"error: rank 1: CUDA out of memory (traceback: {tmp_path / 'run' / 'error_rank_1.txt'})"
+    assert job.codes[1] == 2 and job.said(1, "err").splitlines()[-1] == said
+    assert "RuntimeError: CUDA out of memory" in (tmp_path / "run" / "error_rank_1.txt").read_text()
 
 
 def test_sigterm_while_a_checkpoint_is_written(ranks, pair, tmp_path):
