@@ -416,7 +416,8 @@ def open_output(folder, settings):
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        os.dup(lock(folder).fileno())
+        file = lock(folder)
+        os.dup(file.fileno())  # never closed
     except OSError as error:
         busy = isinstance(error, BlockingIOError)
         reason = "another evaluation is writing there" if busy else error.strerror

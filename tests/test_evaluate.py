@@ -226,13 +226,20 @@ def test_other_weights_under_the_same_path_are_refused(tmp_path, run):
 
 
 def test_only_one_run_writes_into_a_folder(tmp_path, run):
-    holder = os.open(tmp_path, os.O_RDONLY)
-    evaluate.fcntl.flock(holder, evaluate.fcntl.LOCK_EX)
     file = write(tmp_path / "p.jsonl", [{"problem": "1+1", "answer": "2"}])
-    code, _, err = run("--benchmarks", file, "--output", tmp_path)
-    os.close(holder)
+    with evaluate.lock(tmp_path):
+        code, _, err = run("--benchmarks", file, "--output", tmp_path)
     assert code == 2 and "another evaluation is writing" in one_error(err)
     assert not (tmp_path / "state.json").exists()
+
+
+def test_a_file_system_without_locks_does_without(tmp_path, monkeypatch):
+    def unable(*_):
+        raise OSError(evaluate.os.strerror(38))
+
+    monkeypatch.setattr(evaluate.fcntl, "flock", unable)
+    with evaluate.lock(tmp_path) as first, evaluate.lock(tmp_path) as second:
+        assert first and second
 
 
 # ------------------------------------------------------------------------------------------------- statistics
