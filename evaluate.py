@@ -690,7 +690,7 @@ def regrade(c):
     if (folder / ANSWERS).exists():
         fail(f"--output {folder} holds {ANSWERS} already, which would be lost; name another folder")
     # Eq. 11 in a file of corrections, which alone have `well_formed`, else Eq. 1.
-    graded = lambda r: (r["solution"] if r["well_formed"] else "") if "well_formed" in r else r["response"]
+    graded = lambda r: (r.get("solution", r["response"]) if r["well_formed"] else "") if "well_formed" in r else r["response"]
     items = [(graded(r), r["gold"]) for r in completions(source)]
     if not items:
         fail(f"--regrade {source}: the file is empty; name a {ANSWERS}")
