@@ -21,6 +21,7 @@ import bisect
 import collections
 import contextlib
 import functools
+import itertools
 import json
 import os
 import re
@@ -276,33 +277,38 @@ def times(match):
 SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 NOTATION = [  # what a marker does not see, in this order
     (r"\\[()\[\]]|^\s*\*\*|\*\*\s*$|(?<!\\)\$|\\\\$", ""), (r"\*\*", "^"),   # delimiters; powers
-    (r"\\!\s*|\\(?:left|right|[bB]igg?[lrm]?|displaystyle|limits|bf|rm|it)(?![A-Za-z])\.?", ""),
+    (r"\\!\s*|\\(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])\.?|\\(?:displaystyle|limits|bf|rm|it)(?![A-Za-z])", ""),
     (r"(?:(?<!\\)\\(?:[,;:> ]|q?quad(?![A-Za-z])|$)|~|\s)+", " "),         # spaces
     (r"\\(?:text)?color\s?\{\w+\}|\\(?:underline|boxed)\s?(?=\{)", ""),
     (r"\\(?:math(?:rm|bf|it|sf)|boldsymbol|bm|emph|text(?:bf|it|rm|normal)|[mh]box)\s?(?=\{)", r"\\text"),
-    (r"\\frac\s?(\d)\s?(\d)", r"\\frac{\1}{\2}"), (r"_(\w)\s", r"_{\1} "),  # \frac 1 2, \log_2 8
+    (r"\\[dt]?frac\s?(\d|\\pi)\s?(\d)", r"\\frac{\1}{\2}"), (r"_(\w)\s", r"_{\1} "),  # \frac 1 2, \log_2 8
     (r"(?<!\\)sqrt", r"\\sqrt"), (r"\\sqrt\s*(?:\(([^()]*)\)|(\d+|[a-z]))", r"\\sqrt{\1\2}"),
     (r"(?<![\\A-Za-z])(pi|theta|alpha|beta|sin|cos|tan|log|ln)(?![A-Za-z])", r"\\\1 "),
     (r"\\?\binfinity", r"\\infty "), (r"\\l?dots[cb]?|\\cdots|\.\.\.+", r"\\ldots "),
-    (r"\\text\{\s*,?\s*(?:and|or)\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|\\l(?:or|and)(?![A-Za-z])", ","),
+    (r"\\text\{\s*,?\s*and\s*\}|(?<![A-Za-z\\])and(?![A-Za-z])|\\land(?![A-Za-z])", ","),
+    (r"\\text\{\s*,?\s*or\s*\}|(?<![A-Za-z\\])or(?![A-Za-z])|\\lor(?![A-Za-z])", ";"),
     (r"\\text\{\s*(?:\\?%|percent(?:age)?)\s*\}|(?<![A-Za-z\\])(?:percent(?:age)?|pct)\b|(?<!\\)%", r"\\%"),
     (r"\\[$#]|[€£¥₹]|\\text\{(?:USD|Rs\.?|\s*\.?)\s*\}", ""),              # money
-    (rf"(?i)(?<=[\d}}])\s?(\\text\{{)?\s*({'|'.join(SCALES)})s?(?![A-Za-z-])\s*", times),
+    *[(rf"(?i)(?<=[\d}}])\s?(\\text\{{)?\s*({'|'.join(SCALES)})s?(?![A-Za-z-])\s*", times)] * 2,  # hundred thousand
     (r"(?i)\\text\{\s*(?:no (?:real )?solutions?|(?:the )?empty set)\s*\}|^no (?:real )?solutions?$"
      r"|\\varnothing|\\\{\s*\\\}", r"\\emptyset "),
     (r"(?i)\\text\{\s*all real numbers\s*\}|^all real numbers$", r"\\mathbb{R}"),
-    (r"(?i)^\s?(?:\\text\{(?![^{}]*\bnot\b)(?:[^{}]*(?:\b(?:is|are)|[:=])\s*\}|[^{}]*\}\s?[=:])"
+    (r"(?i)^\s?(?:\\text\{(?![^{}]*(?:\d|n't|\b(?:not|or|than|least|most)\b))"
+     r"(?:[^{}]*(?:\b(?:is|are)|[:=])\s*\}|[^{}]*\}\s?[=:])"
      r"|(?:the )?(?:final )?answer(?: is|:)|(?:option|choice) )", ""),     # \text{The answer is } 5
-    (r"[\s.,;:]+$|^\s+", ""),
+    (r"[\s.,;:]+$|^\s+", ""), (r"(?i)(^\\text\{[^{}]*?)[.,]\s*\}$", r"\1}"),
 ]
-TEXT = r"\\text\{(?![ie]\})[^{}]*\}(?:\s?\^\s?\{?-?\d\}?)?"
-WORD = (r"(?:[A-Za-z]{4,}|[cmkd]m|[km]g|in|ft|yd|mi|lbs?|oz|m[lL]|[mk]ph|hrs?|min|sec|deg|rad|sq|cu|per|[CF]"
+TEXT = r"\\text\{(?!\s*[aeijknqruvwxyz]\s*\})[^{}]*\}(?:\s?\^\s?\{?-?\d\}?)?"
+WORD = (r"(?:[A-Za-z]{4,}|[cmkd]m|[km]g|in|ft|yd|mi|lbs?|oz|m[lL]|[mk]ph|hrs?|min|sec|day|old|deg|rad|sq|cu|per|[CF]"
         r"|k?m/[hs])\.?(?:\^\{?\d\}?)?")
-UNIT = re.compile(rf"(?<=[\w}})\]!|])\s?(?:{TEXT}(?:\s?(?:/|\\cdot)?\s?{TEXT})*"
+UNIT = re.compile(rf"(?<=[\w}})\]!|%])\s?(?:{TEXT}(?:\s?(?:/|\\cdot)?\s?{TEXT})*"
                   rf"|(?<=[\d}} ]){WORD}(?:[ /]{WORD})*)$")  # at the end, behind a number or a bracket
 PART = r"hal(?:f|ves)|(?:third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth|thousandth|millionth)s?"
-NO_UNIT = re.compile(rf"(?i),\s?(?:less|more|fewer|greater)\b|\bat (?:least|most)\b|\bnot\b"  # the comma was an `or`
-                     rf"|^\W*(?:\\text\{{)?\s*(?:{PART}|squared|cubed)\W*$")
+NO_UNIT = re.compile(rf"(?i)[,;]\s?(?:less|more|fewer|greater)\b|\bat (?:least|most)\b|\bnot\b"  # it was an `or`
+                     rf"|^\W*(?:\\text\{{)?\s*(?:{PART}|squared|cubed)\W*$"
+                     r"|(?<![\dA-Za-z^{(])\d|\\(?!text|cdot|%)|^\W*text\{\s*[,;]"
+                     r"|^\W*(?:text\{)?\W*(?:or|and|plus|minus|times|over|to|point|factorial|choose|base|in binary|is|are|if"
+                     r"|pi|versus)\b|\b(?:except|unless|wrong|false)\b")
 NUMBERS = [  # one notation for each number and name, in this order
     (r"(?<=\d)(?:st|nd|rd|th)$|\^\{?(?:\\text\{)?(?:st|nd|rd|th)\}*$", ""),  # ordinals
     (r"\\text\{\s*([-+]?[\d.,]+|[A-Za-z]|\(?[A-Z][).:]*)\s*\}", r"\1"),
@@ -313,8 +319,9 @@ NUMBERS = [  # one notation for each number and name, in this order
     (r"(?<!\d)(\d+) (\d+)/(\d+)(?!\d)", r"\1\\frac{\2}{\3}"),              # 1 1/2
     (r"(\^?)(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s?\{?(\d+)\}?)?(?<=[\d}])", fraction),
     (r"\(?(?<![A-Za-z\\\d])(\d[0-9A-F]*)\)?_\{?(\d+)\}?", numeral),  # 101_2
-    (r"^[a-z]\s?\([a-z]\)\s?=", "y="),                                     # f(x) =
+    (r"^[a-z]\s?\([a-z]\)\s?=(?!.*=)", "y="),                              # f(x) =, where it is the only one
     (r"^\(?\s?[a-z](?:_\d)?(?:\s?,\s?[a-z](?:_\d)?)+\s?\)?\s?(?:=|\\in\b)\s?(?=\(|\\\{)", ""),  # (x, y) =
+    (r"^[A-Za-z]\s?(?:\\in|=)\s?(?=\\\{)|^[A-Z]\s?=\s?(?=\([^()]*,)", ""),  # x \in \{1, 2\}, P = (1, 2)
     (r"^(?:[A-Za-z](?:_\{?\w\}?)?)?\s?\\approx", ""), (r"\\approx[^,]*$", ""),  # 1/3 \approx 0.333 is 1/3
     (r"^\\\{\s?[a-z]\s?(?:\\in\s?\\mathbb\{?R\}?\s?)?(?:\\mid|\||:)(.*)\\\}$", r"\1"),  # {x : x > 2}
     (r"^\\langle(.*)\\rangle$", r"(\1)"),                                  # vectors are tuples
@@ -361,7 +368,9 @@ def clash(gold, answer):
         return False
     metric = all(re.fullmatch(r"[kcmd]?[mgl]\d", unit) for unit in (gold, answer))
     lengths = all(re.match(r"[kcmd]?m\d|in|f(?:t|oot|eet)|y(?:d|ard)|mi|unit", unit) for unit in (gold, answer))
-    return gold[0] != answer[0] or metric and gold != answer or lengths and gold[-1] != answer[-1]
+    whole_words = min(len(gold), len(answer)) > 5  # minutes and months, pounds and pints
+    return (gold[:1 + whole_words] != answer[:1 + whole_words] or metric and gold != answer
+            or lengths and gold[-1] != answer[-1])
 
 
 def readings(raw):
@@ -369,7 +378,8 @@ def readings(raw):
     text, unit = tidy(raw)
     if re.fullmatch(r"\([a-j]\)", text):
         text = text.upper()
-    another = r"\s?(?:[,;]|[A-J][.)]|.*\([A-J]\))"  # "(C), (D)" is no choice, nor is "A: B"
+    # "(C), (D)" is no choice, nor is "A: B" or "A. 5, B. 6"
+    another = r"\s?(?:[,;]|[A-J][.)]|.*(?:\([A-J]\)|\b[A-J]\s?[.):]|[,;]\s?[A-J]\b))"
     if choice := re.fullmatch(rf"(?:\(([A-J])\)|([A-J])\s?[).:](?!\s?[A-J]$))(?!{another})\s?(.*)", text):
         return [part for part in choice.groups() if part], unit  # "(B) 12": a choice, and its value
     if text.endswith(r"\%"):  # 50% is 50, where the question says per cent, and 0.5
@@ -381,6 +391,8 @@ def readings(raw):
         return [rf"\text{{{clock[1]}:{clock[2]}}}", rf"\frac{{{clock[1]}}}{{{clock[2]}}}"], unit
     if text.count(":") == 1:
         return [r"\frac{%s}{%s}" % tuple(text.split(":"))], unit
+    if text.count(":") > 1 and all(part.strip() for part in text.split(":")):
+        return ["(" + ",".join(text.split(":")) + ")"], unit
     if re.search(r"\d{3},\d{3}", raw):  # 131,141: a number, or a list
         return [text, tidy(raw.replace(",", ", "))[0]], unit
     return [text], unit
@@ -410,10 +422,22 @@ def elements(text):
         if text.startswith(opening) and text.endswith(closing):
             inner = split(text[len(opening):-len(closing)], ",;")
             if inner and (opening != "(" or len(inner) > 1):
+                if opening != "(" and len(inner) == 1 and inner[0].startswith("("):
+                    return elements(inner[0])
                 ordered, parts = opening == "(", inner
+    if ordered and re.search(r"\\(?:pm|mp)(?![a-z])", text):  # (\pm 1, 0): two points
+        ordered, parts = False, [text]
+    return ordered, [signed for part in parts for signed in signs(part)]
+
+
+def signs(part):
+    r"""A part with \pm written out: +a and -a. Several \pm are independent, but tied where there is a \mp."""
+    if r"\mp" not in part and len(plus_minus := re.split(r"\\pm(?![a-z])", part)) > 2:  # \pm a \pm b: four values
+        return ["".join(map("".join, zip(plus_minus, [*pms, ""])))
+                for pms in itertools.product("+-", repeat=len(plus_minus) - 1)]
     both = [("+", "-"), ("-", "+")]
-    return ordered, [re.sub(r"\\mp(?![a-z])", mp, re.sub(r"\\pm(?![a-z])", pm, part)) for part in parts
-                     for pm, mp in (both if re.search(r"\\(?:pm|mp)(?![a-z])", part) else both[:1])]
+    return [re.sub(r"\\mp(?![a-z])", mp, re.sub(r"\\pm(?![a-z])", pm, part))
+            for pm, mp in (both if re.search(r"\\(?:pm|mp)(?![a-z])", part) else both[:1])]
 
 
 def letters(text):
@@ -447,6 +471,9 @@ def same(gold, answer):
         return same_value(golds[0], answers[0])
     if len(golds) == len(answers):
         few, many = sorted(len({e.split("=")[0] for e in side if "=" in e}) for side in (golds, answers))
+        if few == 0 and many > 1:  # y = 1, x = 2 in the order of their names
+            golds, answers = (sorted(side) if all(re.match(r"[xyz]\s?=", e) for e in side) else side
+                              for side in (golds, answers))
         ordered = gold_ordered or answer_ordered or few == 0 and many > 1  # (1, 2) for x = 1, y = 2
         if all(map(same, golds, answers)) or not ordered and permuted(golds, answers):
             return True
@@ -488,7 +515,7 @@ def value(text):
     if not sides:
         return last
     bare = re.sub(r"[_^](?:\{[^{}]*\}|\w)|\([^()]*\)", "", sides[0])
-    equation = re.search(r"\d", bare) or last == "0" and re.search("[+-]", bare)
+    equation = re.search(r"^\s*-|\d", bare) or last == "0" and re.search("[+-]", bare)
     if re.search("[A-Za-z]", sides[0]) and not equation:
         return last
     if re.fullmatch(r"[A-Za-z](?:_\w)?", last):
@@ -505,7 +532,14 @@ def read(text):
     from latex2sympy2_extended.math_normalization import NormalizationConfig, normalize_latex
     from math_verify.parser import should_treat_as_complex
 
-    if text is None or r"\ldots" in text or re.search(r"\d\s+\d", text):
+    if text and ";" in text:  # it was an `or`
+        parts = [read(part) for part in split(text, ";") or []]
+        sets = [as_set(part) for part in parts]
+        if len(sets) > 1 and all(isinstance(s, sympy.Set) for s in sets):
+            if len(set().union(*(part.free_symbols for part in parts))) == 1:
+                return sympy.Union(*sets)
+        text = text.replace(";", ",")
+    if text is None or r"\ldots" in text or re.search(r"\d\s+\d|\d_|(?:gcd|lcm)\}?\s?[({][^()]*[A-Za-z]", text):
         return None
     if number := re.fullmatch(r"([+-]?)(?:(\d+)|\\frac\{(-?\d+)\}\{(\d*[1-9]\d*)\})", text):
         return sympy.Rational(int(number[1] + "1") * int(number[2] or number[3]), int(number[4] or 1))
@@ -529,6 +563,12 @@ def equal(gold, answer):
 
     if gold is None or answer is None:
         return False
+    if isinstance(gold, sympy.Eq) and isinstance(answer, sympy.Eq):  # f(1) and P(x) are unknowns like any other
+        calls = gold.atoms(sympy.core.function.AppliedUndef) | answer.atoms(sympy.core.function.AppliedUndef)
+        names = {call: sympy.Symbol(str(call), real=True) for call in calls}
+        gold, answer = gold.subs(names), answer.subs(names)
+        if not (isinstance(gold, sympy.Eq) and isinstance(answer, sympy.Eq)):
+            return gold == answer
     if isinstance(gold, sympy.Expr) and isinstance(answer, sympy.Expr):
         return equal_terms(gold, answer)
     if isinstance(gold, sympy.Eq) and isinstance(answer, sympy.Eq):
@@ -550,7 +590,8 @@ def as_set(expression):
     import sympy
     from math_verify.grader import is_relation
 
-    if isinstance(expression, sympy.FiniteSet) and expression.args and all(map(is_relation, expression.args)):
+    if (isinstance(expression, sympy.FiniteSet) and len(expression.free_symbols) == 1
+            and all(is_relation(link) and not isinstance(link, sympy.Eq) for link in expression.args)):
         sets = [as_set(relation) for relation in expression.args]
         both = sympy.Intersection(*sets)
         return sympy.Union(*sets) if both.is_empty else both  # x < 1, x > 3 can only mean "or"
@@ -573,7 +614,7 @@ def equal_terms(gold, answer):
         return rounded(a, b) or rounded(b, a)
     x, y = a.evalf(50), b.evalf(50)
     if abs(x - y) <= sympy.Float(10, 50) ** -40 * abs(x):
-        return True
+        return bool(abs((a - b).evalf(5, maxn=2000)) <= sympy.Float(10, 50) ** -1000 * abs(x))
     if x == 0 or y == 0:  # an exact zero may come out as 1e-60
         return sympy.simplify(a - b) == 0
     return rounded(a, b) or rounded(b, a)
@@ -586,7 +627,8 @@ def rounded(decimal, exact):
     places = next((k for k in range(99) if 10**k % decimal.q == 0), 0)
     if places < 6 or abs(decimal) * 10**places < 10**5:
         return False
-    return bool(abs((decimal - exact).evalf(99)) * 10**places < 1)
+    error = ((exact - decimal) * (1 if decimal > 0 else -1)).evalf(99) * 10**places  # cut off, or rounded
+    return bool(-1 < error < 1 if places > 12 else -0.5 <= error < 1)
 
 
 def judge(gold, answer):
@@ -635,6 +677,8 @@ def work():
             verdict = judge(gold, answer)
         except MemoryError:
             os._exit(1)
+        except Exception:  # what SymPy cannot compare earns nothing, and costs no worker
+            verdict = "ungradable"
         signal.setitimer(signal.ITIMER_REAL, 0)
         if peak_memory() > MEMORY / 2:
             os._exit(1)  # SymPy may have swallowed a MemoryError: no verdict from such a worker
