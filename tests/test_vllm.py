@@ -1,6 +1,6 @@
 """vLLM's engine, for real, on its CPU build: under torchrun with 1 and 2 ranks, beside a DistributedDataParallel trainer.
 
-This file is also what torchrun starts: `worker` below runs in every rank, and prints what it found as one JSON line.
+This file is also what torchrun starts: `worker` below runs in every rank, and writes what it found to a JSON file of its own.
 """
 
 import importlib.util
@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -29,18 +30,18 @@ def environment():
     return {k: v for k, v in os.environ.items() if k not in left_out} | quiet | {"PYTHONPATH": str(ROOT)}
 
 
-def torchrun(ranks: int, script: str, *arguments, timeout=900):
+def torchrun(ranks: int, script: str, *arguments, timeout=900, **variables):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return subprocess.run([*launcher, script, *map(str, arguments)], cwd=ROOT, env=environment(), text=True,
+    return subprocess.run([*launcher, script, *map(str, arguments)], cwd=ROOT, env=environment() | variables, text=True,
                           capture_output=True, timeout=timeout)  # fmt: skip
 
 
 def work(ranks: int, *arguments, timeout=900) -> list[dict]:
     """What each rank's `worker` reports, in rank order."""
-    done = torchrun(ranks, __file__, *arguments, timeout=timeout)
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = [json.loads(line.removeprefix("REPORT ")) for line in done.stdout.splitlines() if line.startswith("REPORT ")]
-    return sorted(found, key=lambda report: report["rank"])
+    with tempfile.TemporaryDirectory() as folder:  # not printed: two ranks' lines may get into one another
+        done = torchrun(ranks, __file__, *arguments, timeout=timeout, REPORTS=folder)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +248,7 @@ def worker(folder: str, mode: str = "report") -> None:
         dist.all_reduce(number)
         report["sum of ranks + 1"] = number.item()
         report["weights"] = [w.double().sum().item() for w in model.parameters()]
-    print("REPORT " + json.dumps(report), flush=True)
+    Path(os.environ["REPORTS"], f"{rank}.json").write_text(json.dumps(report))
 
 
 class Cut:
