@@ -16,8 +16,6 @@ import os
 import re
 import sys
 import time
-from collections import Counter
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from decimal import Decimal
@@ -36,39 +34,36 @@ from transformers.modeling_utils import AttentionInterface
 from error_pool import after_thinking
 from reward import final_answer, find_correction
 
-# ------------------------------------------------------------------------------------------ problems
+# ---------------------------------------------------------------------------------------- problems
 
 
 @dataclass(frozen=True)
 class Problem:
     problem: str
     answer: str
-    source: str  # the file and row, or what the row itself says
+    source: str  # file and row, or what the row itself says
 
 
-# The first of these fields that a row has counts. They cover the paper's five benchmarks as the hub has
-# them, and for training MATH, DAPO-Math-17k and DeepScaleR.
+# The first of these fields that a row has counts. So all of the paper's benchmarks can be read as the
+# hub has them, and for training MATH, DAPO-Math-17k and DeepScaleR.
 PROBLEM_FIELDS = ("problem", "question", "prompt")
 ANSWER_FIELDS = ("answer", "final_answer", "reward_model", "solution")
 
 
 def load_problems(source: str) -> list[Problem]:
-    """Problems of a JSONL, JSON or Parquet file, or of a dataset on the Hugging Face hub.
+    """Problems of a JSONL, JSON or Parquet file, or of a dataset on the hub, `id[:config[:split]]`.
 
-    A dataset is named `id`, `id:config` or `id:config:split` (the config may be empty), such as
-    `openai/gsm8k:main:test`. The split may be left out where there is only one: guessing is how a
-    test set gets trained on. Raises ValueError, one line with file, row, field and remedy.
+    Raises ValueError, one line with file, row, field and remedy.
     """
-    is_file = re.search(r"\.\w+$", source) or os.path.isfile(source)
     problems = {}
-    for i, row in enumerate(read_file(source) if is_file else read_dataset(source)):
+    for i, row in enumerate(read_rows(source)):
         where = f"{source}, row {i}"
         try:
             problem = read_field(row, PROBLEM_FIELDS, read_prompt)
             answer = read_field(row, ANSWER_FIELDS, read_answer)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-        # DAPO-Math-17k holds each problem about 100 times. Elsewhere a repeat stays: benchmarks count it.
+        # DAPO-Math-17k holds each problem 100 times. Elsewhere a repeat stays: benchmarks count it.
         key = (problem, answer) if "reward_model" in row else where
         problems.setdefault(key, Problem(problem, answer, str(row.get("source", where))))
     if not problems:
@@ -76,44 +71,35 @@ def load_problems(source: str) -> list[Problem]:
     return list(problems.values())
 
 
-def read_file(path: str) -> list:
-    """The rows of a JSON or Parquet file. ValueError, one line, where it cannot be read."""
+def read_rows(source: str):
+    """The rows of a file or dataset. ValueError, one line, where it cannot be read."""
     try:
-        if path.endswith(".parquet"):
+        if source.endswith(".parquet"):
             from pyarrow import parquet
 
-            return parquet.read_table(path).to_pylist()
-        with open(path, encoding="utf-8-sig") as file:
-            text = file.read()
-        if text.lstrip().startswith("["):
-            return json.loads(text)
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (OSError, ValueError) as error:
-        remedy = "give JSON lines or a JSON array in UTF-8, or Parquet; or a dataset as id:config:split"
-        raise ValueError(f"{path}: cannot be read ({type(error).__name__}: {error}); {remedy}") from None
+            return parquet.read_table(source).to_pylist()
+        if os.path.isfile(source) or re.search(r"\.(jsonl?|csv|txt|gz)$", source):
+            with open(source, encoding="utf-8-sig") as file:
+                text = file.read()
+            if text.lstrip().startswith("["):
+                return json.loads(text)
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
+        from datasets import load_dataset
 
-
-def read_dataset(source: str):
-    """The rows of `id[:config[:split]]` on the Hugging Face hub, or of a dataset's folder."""
-    from datasets import load_dataset
-
-    name, config, split, *_ = *source.split(":"), "", ""
-    try:
+        name, config, split = (source.split(":") + ["", ""])[:3]
         splits = load_dataset(name, config or None)
-    except Exception as error:  # offline, no such id, no such config: datasets has no one class for them
-        raise ValueError(f"{source}: not a file, nor a dataset that loads ({error})") from None
-    split = split or next(iter(splits)) * (len(splits) == 1)
-    if split not in splits:
-        raise ValueError(f"{source}: name one of its splits {list(splits)}, as in {name}:{config}:SPLIT")
-    return splits[split]
+        if not split and len(splits) > 1:  # a guess is how a test set gets trained on
+            raise ValueError(f"name one of its splits {list(splits)}, as in {name}:{config}:train")
+        return splits[split or next(iter(splits))]
+    except Exception as error:  # datasets has no one class for what can go wrong
+        remedy = "give JSON lines in UTF-8 or Parquet, or a dataset on the hub as id:config:split"
+        raise ValueError(f"{source}: {type(error).__name__}: {error}; {remedy}") from None
 
 
 def read_field(row, names: tuple, read) -> str:
-    """The text of the first of these fields that the row has; ValueError says what is wrong with it.
+    """The text of the first of these fields that the row has. ValueError says what is wrong with it.
 
-    >>> read_field({"question": "2+3?", "answer": "2 and 3 make 5.\\n#### 5"}, ANSWER_FIELDS, read_answer)
-    '5'
-    >>> read_field({"problem": "2+3?", "solution": "They make \\\\boxed{5}."}, ANSWER_FIELDS, read_answer)
+    >>> read_field({"question": "2+3?", "answer": "2 and 3.\\n#### 5"}, ANSWER_FIELDS, read_answer)
     '5'
     """
     if not isinstance(row, dict):
@@ -125,7 +111,7 @@ def read_field(row, names: tuple, read) -> str:
         text = read(row[name]).strip()
         text.encode()  # half of a surrogate pair is no text
     except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"field {name!r} cannot be read ({error}); give text in `{names[0]}`") from None
+        raise ValueError(f"field {name!r}: {error}; give text in `{names[0]}`") from None
     if not text:
         raise ValueError(f"field {name!r} is empty: fill it, or delete the row")
     return text
@@ -540,7 +526,7 @@ def make_engine(kind: str, model, tokenizer, *, model_path, max_context, seed=0,
 # -------------------------------------------------------------------------------------------- groups
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Task:
     problem: str
     answer: str
@@ -571,26 +557,39 @@ class Group(Task):
         return [float(verdict == "right") for verdict in self.verdicts]  # Eqs. 1, 11
 
 
+def ask(tokenizer, problem: Problem, question: int) -> Task:
+    """Stage 1's task."""
+    prompt = render(tokenizer, solution_prompt(problem.problem))
+    return Task(problem.problem, problem.answer, prompt, question)
+
+
+def fitting(tasks: list[Task], max_new_tokens: int, max_context: int, source: str) -> list[Task]:
+    """Those that fit the context; the others are counted in a warning. ValueError if none does."""
+    kept = [task for task in tasks if fits(task.prompt, max_new_tokens, max_context)]
+    room = f"the context of {max_context} tokens with --max_new_tokens {max_new_tokens}"
+    if tasks and not kept:
+        raise ValueError(f"{source}: no prompt fits {room}; lower it, or raise --max_context")
+    if len(kept) < len(tasks):
+        warn(f"{source}: {len(tasks) - len(kept)} of {len(tasks)} do not fit {room} and are left out")
+    return kept
+
+
 def sample_groups(engine, tokenizer, grader, tasks, samples, *, seed, step=0, temperature, top_p=1.0,
-                  max_new_tokens, span=None, clock=None) -> list[Group]:  # fmt: skip
+                  max_new_tokens, span=None) -> list[Group]:  # fmt: skip
     """Samples number `samples`, a range, of each task, graded. Every rank returns all groups, in order.
 
     span   None: the samples are answers (Eq. 1); "sections" or "prefix": corrections (Eqs. 11, 12)
     step   of training, 0 in an evaluation; with the run's `seed` it decides all randomness
-    clock  a Stopwatch that is told what each part took
     """
-    rank, world, clock = dist.get_rank(), dist.get_world_size(), clock or Stopwatch()
+    rank, world = dist.get_rank(), dist.get_world_size()
     mine = tasks[rank::world]
     seeds = [[sample_seed(seed, step, t.question, i, t.corrects) for i in samples] for t in mine]
     how = dict(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seeds=seeds)
     bar = tqdm(total=len(mine) * len(samples), desc="sampling", unit="sample", leave=False, delay=5,
                disable=rank > 0)  # fmt: skip
-    with clock("rollout"), bar:
+    with bar:
         drawn = engine.generate([t.prompt for t in mine], len(samples), progress=bar.update, **how)
-    with clock("grading"):
-        groups = grade_groups(grader, tokenizer, mine, drawn, span)
-    with clock("waiting"):  # for the slowest rank
-        parts = gather([groups])
+    parts = gather([grade_groups(grader, tokenizer, mine, drawn, span)])
     return [parts[b % world][b // world] for b in range(len(tasks))]
 
 
@@ -668,15 +667,3 @@ def fail(message) -> None:
     if os.environ.get("RANK", "0") != "0":
         time.sleep(1)  # torchrun ends all with the first that ends: rank 0 speaks before that
     raise SystemExit(2)
-
-
-class Stopwatch(Counter):
-    """Seconds of each part of a step: `with clock("rollout"): ...` adds to clock["rollout"]."""
-
-    @contextmanager
-    def __call__(self, part: str):
-        start = time.perf_counter()
-        yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self[part] += time.perf_counter() - start
