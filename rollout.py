@@ -159,17 +159,18 @@ def solution_prompt(problem: str) -> str:
 def control_tokens(tokenizer) -> re.Pattern:
     """What a problem must not be able to write into a prompt: `<|im_end|>`, `</s>`, `<think>`."""
     added = tokenizer.added_tokens_decoder.values()
-    names = [str(t) for t in added if t.special or re.fullmatch(r"<.+>", str(t))]
+    names = [str(t) for t in added if t.special or re.fullmatch(r"<\|.+\|>|</?think>", str(t))]
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")
 
 
 def render(tokenizer, user_text: str) -> list[int]:
     """One user turn -> prompt ids, up to where the response begins. A template writes its own BOS.
 
-    A control token in the text is broken up by a space, and so stays text. ValueError, one line,
-    where the chat template fails or leaves the text out.
+    Control tokens in the text are left out. ValueError, one line, where the chat template fails or
+    leaves the text out.
     """
-    user_text = control_tokens(tokenizer).sub(lambda m: f"{m[0][0]} {m[0][1:]}", user_text)
+    while control_tokens(tokenizer).search(user_text):  # what is left may make up another one
+        user_text = control_tokens(tokenizer).sub("", user_text)
     if tokenizer.chat_template is None:
         return tokenizer(user_text + "\n").input_ids
     turn = [{"role": "user", "content": user_text}]
@@ -511,17 +512,23 @@ def make_engine(kind: str, model, tokenizer, *, model_path, max_context, seed=0,
     `model` is the live Hugging Face model, `model_path` where its checkpoint is. ValueError, one
     line, if the engine cannot be had.
     """
+    why = "as --rollout says"
     if kind == "auto":
-        possible = torch.cuda.is_available() and importlib.util.find_spec("vllm")
-        kind = "vllm" if possible else "transformers"
+        gpu, installed = torch.cuda.is_available(), importlib.util.find_spec("vllm")
+        kind = "vllm" if gpu and installed else "transformers"
+        why = "vLLM is installed" if installed else "vLLM is not installed"
+        why = why if gpu else "there is no GPU"
     options = dict(max_context=max_context, memory_share=memory_share)
-    if kind == "transformers":  # nothing here is random but by the seeds that generate() gets
-        return TransformersEngine(model, tokenizer, **options)
     try:
-        return VLLMEngine(model, tokenizer, model_path=model_path, seed=seed, **options)
+        if kind == "vllm":
+            engine = VLLMEngine(model, tokenizer, model_path=model_path, seed=seed, **options)
+        else:
+            engine = TransformersEngine(model, tokenizer, **options)
     except ImportError as problem:
         remedy = "install requirements-vllm.txt, or choose --rollout transformers"
         raise ValueError(f"--rollout vllm: {problem}; {remedy}") from problem
+    engine.why = why
+    return engine
 
 
 # ------------------------------------------------------------------------------------------- groups

@@ -987,7 +987,7 @@ def introduce(run: Run, resumed: bool) -> None:
     run.say(
         f"{config.algorithm}: {config.model} ({size:.1f} M parameters, {compute}) on {run.world} x "
         f"{run.device.type}, {len(run.problems):,} questions, {config.steps} steps\n"
-        f"{run.engine.name} engine (--rollout {config.rollout}), contexts of {config.max_context} "
+        f"{run.engine.name} engine ({run.engine.why}), contexts of {config.max_context} "
         f"tokens, micro-batches of {config.micro_batch_tokens}; writing to {run.output}\n"
         f"--- the first prompt\n{run.tokenizer.decode(run.first_prompt)}\n---"
     )
