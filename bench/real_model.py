@@ -1,52 +1,44 @@
-r"""A real language model through the whole method: word problems, warm start, GRPO against ScRPO.
+"""A real language model through the whole method: word problems, warm start, GRPO against ScRPO.
 
-    python bench/real_model.py --model HuggingFaceTB/SmolLM2-135M-Instruct          # all of it
-    python bench/real_model.py --model FOLDER table                                 # up to the table before RL
-    python bench/real_model.py --model FOLDER compare --methods grpo scrpo --seeds 0 1 2 --jobs 3
-    python bench/real_model.py --model FOLDER report                                # from what is there
+    python bench/real_model.py                              # all of it, SmolLM2-135M-Instruct
+    python bench/real_model.py table --model FOLDER         # parts 1 and 2 only
+    python bench/real_model.py --methods grpo scrpo --seeds 0 1 2 --jobs 3
+    python bench/real_model.py report                       # from the results that are there
 
-As it comes, a small model boxes no answer and writes neither section of a correction, so both stages
-would learn nothing. Hence, each part in --work, each skipped where its result is there:
+As it comes, a small model boxes no answer and writes neither section of a correction, so neither
+stage would learn anything. Hence, each in --work, and skipped where its result is there:
 
-1. data      Word problems of two steps from the templates below; no problem is in two of: training, held
-             out, demonstrations. --largest_number and --largest_factor make them harder or easier.
-2. warm      Supervised learning on solutions and corrections. A demonstrated analysis takes every step
-             again and says what differs, and the corrected solution uses it:
+1. warm     Supervised learning on solutions and corrections of word problems (word_problems.py). In
+            its first half the wrong solutions are made; in the second most are the model's own,
+            drawn after the first, so that it learns to correct the mistakes that it makes.
+2. table    Before any RL: has it the form, is there room to learn, can it correct at all?
+            --largest_number and --largest_factor make the problems harder or easier.
+3. rates    GRPO at each of --rates, at a seed of its own. The one that answers most training
+            questions in its last quarter serves all methods; held-out problems choose nothing.
+4. runs     train.py, as it is, for each method and seed. The final policies answer the same
+            held-out problems with the same random numbers, and are then deleted, 2 GB each.
+5. report   report.md and curves.png. Intervals are over problems, paired, as all policies had the
+            same; the spread over seeds stands beside them, which no interval over problems covers.
 
-                 Analysis:
-                 Shells in all: 19 + 43 is 62, right. Shells left: 62 - 19 is 43, not 53: the tens are wrong.
-                 Corrected Solution:
-                 Shells in all: 19 + 43 = 62. Shells left: 62 - 19 = 43. The answer is \boxed{43}.
+No training question is asked twice in a run of default length, so accuracy *while training* is that
+of unseen problems and costs nothing: train.py's own evaluation is off.
 
-             Not an analysis that only names the mistake: nothing would tell the model how to find one. In
-             the first half wrong solutions are made; in the second most are the model's own, drawn after
-             the first, so that it learns to correct the mistakes that it makes.
-3. table     Before any RL: does it have the form, is there room to learn, and can it correct at all?
-4. rates     GRPO at three learning rates, at a seed of its own; the best one serves all methods.
-5. compare   train.py, as it is, for each method and seed; each final policy is measured on the same
-             held-out problems with the same seeds, and then deleted (2 GB); a result is a small file.
-6. report    report.md and curves.png. Intervals are over problems, paired: all policies answered the same
-             ones. The spread over seeds stands beside them, for no interval over problems covers it.
-
-No training question is asked twice in a run of default length, so accuracy *while training* is that of
-unseen problems, and costs nothing: train.py's own evaluation is off.
+On one core of a laptop the warm start takes half an hour, and so does a run. On a GPU: --jobs 6
+--samples 4 --train_flags "--questions_per_step 16 --pool_trigger 16"; the runs share it.
 """
 
 import argparse
 import json
-import operator
+import multiprocessing
 import os
 import random
-import re
 import shlex
 import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -57,249 +49,314 @@ from transformers.utils.logging import disable_progress_bar
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from bench.real_model_report import (RATE_SEED, best_rate, report, result_file,  # noqa: E402
+                                     table_before, write_whole)
+from bench.word_problems import correction_text, make_mistake, make_stories, solution_text  # noqa
 from error_pool import ErrorPool, correction_prompt  # noqa: E402  the prompts of training itself
 from loss import token_logprobs  # noqa: E402
 from reward import Grader, final_answer, find_correction  # noqa: E402
-from rollout import make_engine, render, sample_seed, solution_prompt  # noqa: E402
+from rollout import load_problems, make_engine, render, sample_seed, solution_prompt  # noqa: E402
 
-# ==================================================================================== 1. word problems
-
-# [this|that] is a choice; a to d are numbers, p to r are factors; behind = stand the steps, of which x is
-# the first one's result.
-TEMPLATES = """
-[{name} has|On a shelf {name} keeps] {a} {things} and [gets {b} more|then buys another {b}]. [Later|On the
-way home] {name} loses {c} of them. How many {things} [are left|does {name} have in the end]?
-= {things} in all: a + b; {things} left: x - c
-
-{name} [has|owns] {a} {things}, gives {b} of them to {other} and [then finds {c} more|is later given {c}
-new ones]. How many {things} does {name} have now? = {things} kept: a - b; {things} now: x + c
-
-[There are|{name} fills] {p} boxes with {q} {things} [each|in every box]. [Another {a}
-{things} lie|And there are {a} {things}] on the table. How many {things} [is that|are there] in all?
-= {things} in boxes: p * q; {things} in all: x + a
-
-{name} [buys|opens] {p} packs of {q} {things} [each |]and [uses|needs] {a} of them for [school|a present].
-How many {things} [remain|are not used]? = {things} in packs: p * q; {things} left: x - a
-
-{name} [has|collected] {a} {things}. {other} [has|collected] {b} more than {name}. How many {things} do
-[the two|both of them] have together? = {things} of {other}: a + b; {things} together: a + x
-
-{name} [made|sold] {a} {things} and {other} {b} fewer. How many {things} is that [together|for both]?
-= {things} of {other}: a - b; {things} together: a + x
-
-{name} has {q} {things}. {other} has {p} times as many. [Together, how many {things} do they have?|How
-many {things} do they have together?] = {things} of {other}: p * q; {things} together: q + x
-
-{name} [puts|throws] {a} {things} and {b} more [in a bag|on a heap]. {p} friends share them [equally|so
-that all get the same]. How many {things} does each [friend|of them] get?
-= {things} in all: a + b; {things} for each: x / p
-
-{name} [buys|pays for] {p} {things}. [Each costs|The price of each is] {q} dollars. {name} [hands over|
-pays with] {a} dollars. How many dollars does {name} get back? = dollars to pay: p * q; dollars back: a - x
-
-A bag costs {a} dollars and a [hat|lamp] {b}. {name} buys both and had {c} dollars [before|at first]. How
-many dollars does {name} have left? = dollars for both: a + b; dollars left: c - x
-
-{name} [reads|writes] {p} pages [a day|every day] for {q} days. The book has {a} pages. How many pages are
-still [missing|to come]? = pages so far: p * q; pages to come: a - x
-
-[A bus|A train] [leaves with|carries] {a} people. At the first stop {b} get off, and at the second {c}.
-How many people are still in it? = people after one stop: a - b; people after two stops: x - c
-
-{name} has {a} {things} and gives {b} away. The rest go into {p} [bags|boxes], [the same number in each|
-equally]. How many {things} are in each? = {things} kept: a - b; {things} in each: x / p
-
-{name} has {p} bags of {q} {things}. {other} has {a} {things}. How many more {things} does {name} have
-[than {other}|]? = {things} of {name}: p * q; {things} more: x - a
-
-{name} [saves|earns] {p} dollars [a week|every week] for {q} weeks and had {a} dollars [before|already].
-How many dollars does {name} have now? = dollars from the weeks: p * q; dollars now: a + x
-
-{name} wants {a} {things}. [{name} has {b}|There are {b} already], and {other} brings {c}. How many
-{things} are still missing? = {things} there: b + c; {things} missing: a - x
-
-[A hall|A cinema] has {p} rows of {q} seats. {a} [of the seats|seats] are taken. How many seats are free?
-= seats in all: p * q; seats free: x - a
-
-Each of {p} children [brings|carries] {q} red {things} and {r} blue ones. How many {things} do they bring
-[together|in all]? = {things} for each child: q + r; {things} in all: p * x
-
-A rope is {a} meters long. {name} cuts off {b} meters and cuts the rest into pieces of {p} meters. How
-many pieces are there? = meters left: a - b; pieces: x / p
-
-[In a class|On a team] there are {a} girls and {b} boys. [Today|This week] {c} of them are ill. How many
-are [there today|not ill]? = children in all: a + b; children not ill: x - c
-
-{name} is {a} years old and {other} is {b} years older. How old will {other} be in {c} years?
-= years of {other} now: a + b; years of {other} then: x + c
-
-{name} [plants|counts] {p} rows of {q} trees. [The wind takes {a} of them|{a} of them are
-cut down]. How many trees still stand? = trees in rows: p * q; trees standing: x - a
-"""
-NAMES = "Mia Tom Ana Ben Eva Leo Ida Max Nina Paul Rosa Sam Vera Hugo Lena Omar".split()
-THINGS = "shells cards beads coins stamps pens apples nuts balls stones cups toys keys eggs".split()
-SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
+CORRECTIONS, BATCH, WARM_RATE = 0.45, 8, 1e-4  # of the demonstrations: share, an update, its rate
+GROUP = 8  # samples a question, in training and where the errors that enter the pool are measured
+# What samples are drawn for: the second argument of `sample_seed`, so that no two share a stream.
+OWN_MISTAKES, ANSWERS, GROUPS, OF_OWN, OF_POOL, OF_FIXED = range(6)
+METHODS = {  # flags of train.py, and how many times --steps
+    "grpo": ("--algorithm grpo", 1),
+    "scrpo": ("--algorithm scrpo", 1),  # equal samples
+    "scrpo_longer": ("--algorithm scrpo", 1.5),  # about equal stage-1 questions
+    # Its stage 1 only fills the pool, here with more errors a question, so that most steps train.
+    "stage2": ("--algorithm scrpo --train_stages 2 --errors_per_question 4", 1),
+}
+TRAIN = (f"--group_size {GROUP} --questions_per_step 8 --pool_trigger 8 --updates_per_rollout 1 "
+         "--schedule cosine --rollout transformers --precision fp32 --micro_batch_tokens 2048 "
+         "--eval_questions 0 --save_every 1000000")
 
 
-class Equation(NamedTuple):
-    """One step, as it stands in a solution; of the wrong ones `value` may be anything."""
-
-    name: str  # of the quantity
-    left: int
-    sign: str
-    right: int
-    value: int
-
-    @property
-    def task(self) -> str:
-        return f"{self.left} {self.sign} {self.right}"
+def write_rows(path: Path, rows: list[dict]) -> None:
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-@dataclass
-class Story:
-    problem: str
-    names: list[str]  # of the quantities, one a step
-    steps: list[str]  # "a + b", "x - c"
-    numbers: dict[str, int]  # what the letters stand for
-
-    @property
-    def answer(self) -> str:
-        return str(self.solve()[-1].value)
-
-    def solve(self, wrong_step=None, change=None) -> list[Equation]:
-        """The equations; at `wrong_step` what `change` makes of the right one, carried on from."""
-        known, equations = dict(self.numbers), []
-        for k, (name, step) in enumerate(zip(self.names, self.steps)):
-            left, sign, right = step.split()
-            left, right = known[left], known[right]
-            equation = Equation(name, left, sign, right, SIGNS[sign](left, right))
-            equations.append(change(equation) if k == wrong_step else equation)
-            known["xyz"[k]] = equations[-1].value
-        return equations
+# ================================================================================== 1. warm start
 
 
-def make_story(rng, largest_number: int, largest_factor: int) -> Story:
-    """Draws numbers until every result is whole, above 0, and stands nowhere else in the problem."""
-    text, _, steps = rng.choice(TEMPLATES.strip().split("\n\n")).replace("\n", " ").partition("= ")
-    text = re.sub(r"\[(.*?)\]", lambda choice: rng.choice(choice[1].split("|")), text)
-    text = re.sub(r" +(?=[ .?])", "", text).strip()
-    name, other = rng.sample(NAMES, 2)
-    words = {"name": name, "other": other, "things": rng.choice(THINGS)}
-    names, steps = zip(*(step.split(": ") for step in steps.format(**words).split("; ")))
-    letters = sorted(set(re.findall(r"[a-dp-r]", " ".join(steps))))
-    while True:
-        numbers = {letter: rng.randint(2, largest_factor if letter in "pqr" else largest_number)
-                   for letter in letters}  # fmt: skip
-        story = Story(text.format(**words, **numbers), list(names), list(steps), numbers)
-        solution = story.solve()
-        whole = all(e.sign != "/" or e.left % e.right == 0 for e in solution)
-        values = [*numbers.values(), *(e.value for e in solution)]
-        if whole and min(values) > 0 and len(set(values)) == len(values):
-            return story
+def load_policy(source):
+    """(model, tokenizer, engine), in fp32: engine and loss then agree on a log-probability."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(device).eval()
+    return model, tokenizer, make_engine("transformers", model, tokenizer, model_path=str(source))
 
 
-def make_stories(args) -> dict[str, list[Story]]:
-    """Three sets, no problem in two of them nor twice in one: a function of the seed and the counts."""
-    stories, seen = {}, set()
-    counts = {"held_out": args.held_out, "train": args.training, "demonstrations": args.demonstrations}
-    for name, count in counts.items():
-        rng, stories[name] = random.Random(f"{args.seed} {name}"), []
-        while len(stories[name]) < count:
-            story = make_story(rng, args.largest_number, args.largest_factor)
-            if story.problem not in seen:
-                seen.add(story.problem)
-                stories[name].append(story)
-    return stories
+def ask(policy, turns: list[str], n: int, purpose: int, args) -> list:
+    """n samples of each user turn at T = 1. Their random streams depend on the seed, the purpose
+    and their place alone, so two policies differ by their weights only."""
+    model, tokenizer, engine = policy
+    prompts = [render(tokenizer, turn) for turn in turns]
+    rows = 256 if model.device.type == "cuda" else 32  # in flight: some 4 GB of cache, or 0.5
+    samples, step = [], max(1, rows // n)
+    with tqdm(total=len(prompts) * n, desc="sampling", unit="sample") as bar:
+        for start in range(0, len(prompts), step):
+            part = prompts[start : start + step]
+            seeds = [[sample_seed(args.seed, purpose, start + b, i) for i in range(n)]
+                     for b in range(len(part))]
+            samples += engine.generate(part, n, temperature=1.0, top_p=1.0, seeds=seeds,
+                                       max_new_tokens=args.max_new_tokens)
+            bar.update(len(part) * n)
+    return samples
 
 
-# ============================================================================ 2. mistakes and corrections
-
-MISTAKES = [*["slip"] * 4, *["ten"] * 2, "operation", "operand", "skipped step", "halfway"]
-OTHER_SIGN = {"+": "-", "-": "+", "*": "+", "/": "*"}
-
-
-def make_mistake(story: Story, rng) -> str:
-    """A wrong solution, as a pupil would write it."""
-    while True:
-        kind, step = rng.choice(MISTAKES), rng.randrange(len(story.steps))
-
-        def change(e: Equation) -> Equation:
-            if kind == "slip":
-                return e._replace(value=e.value + rng.choice([-10, -9, -2, -1, 1, 2, 9, 10]))
-            if kind == "ten":  # a carry lost, a ten not borrowed, a group too few, a rest forgotten
-                return e._replace(value=e.value + {"+": -10, "-": 10, "*": -e.left, "/": 1}[e.sign])
-            sign, left, right = e.sign, e.left, e.right
-            if kind == "operation":
-                sign = OTHER_SIGN[sign]
-            elif step == 0 or kind == "operand" and "x" not in story.steps[step].split()[0]:
-                right = rng.choice(list(story.numbers.values()))
-            else:  # a number of the problem where the first step's result belongs
-                left = rng.choice(list(story.numbers.values()))
-            return Equation(e.name, left, sign, right, SIGNS[sign](left, right))
-
-        if kind == "halfway":  # the answer is to another question than the one asked
-            equations = story.solve()[: rng.randint(1, len(story.steps))]
-            answer = equations[0].value
-        else:
-            step = len(story.steps) - 1 if kind == "skipped step" else step
-            equations = story.solve(step, change)[-1 if kind == "skipped step" else 0 :]
-            answer = equations[-1].value
-        if str(answer) != story.answer and min(e.value for e in equations) >= 0:
-            return solution_text(equations, answer)
+def demonstrations(args, half: int, stories: list, policy) -> list[dict]:
+    """[{user, response}] of one half of the warm start, kept as a file to be read. In the second
+    half a wrong solution is what the policy answers by now, or made where it answers right."""
+    path, rng = args.work / f"demonstrations_{half + 1}.jsonl", random.Random(f"{args.seed} {half}")
+    if path.exists():
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    corrected = stories[: round(CORRECTIONS * len(stories))]
+    wrong = [make_mistake(story, rng) for story in corrected]
+    if half == 1:
+        turns = [solution_prompt(story.problem) for story in corrected]
+        answers = ask(policy, turns, 1, OWN_MISTAKES, args)
+        wrong = [made if final_answer(own.text) == story.answer or not own.finished else own.text
+                 for story, made, (own,) in zip(corrected, wrong, answers)]
+    rows = [(correction_prompt(s.problem, text), correction_text(s, text))
+            for s, text in zip(corrected, wrong)]
+    rows += [(solution_prompt(s.problem), solution_text(s.solve(), s.answer))
+             for s in stories[len(corrected) :]]
+    rows = [{"user": turn, "response": response} for turn, response in rows]
+    write_rows(path, rows)
+    return rows
 
 
-def capital(name: str) -> str:
-    return name[0].upper() + name[1:]
+def make_batches(rows: list[dict], tokenizer, rng) -> list[list[tuple]]:
+    """Batches of (prompt ids, response ids): sorted by length before they are cut, so that little
+    is padded, and shuffled then, so that solutions and corrections take turns."""
+    pairs = []
+    for row in rows:
+        response = tokenizer(row["response"], add_special_tokens=False).input_ids
+        pairs.append((render(tokenizer, row["user"]), response + [tokenizer.eos_token_id]))
+    pairs.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
+    batches = [pairs[i : i + BATCH] for i in range(0, len(pairs), BATCH)]
+    rng.shuffle(batches)
+    return batches
 
 
-def solution_text(equations: list[Equation], answer) -> str:
-    steps = [f"{capital(e.name)}: {e.task} = {e.value}." for e in equations]
-    return " ".join([*steps, f"The answer is \\boxed{{{answer}}}."])
+def supervised_loss(model, batch: list[tuple]) -> torch.Tensor:
+    """Mean of -log pi over responses' tokens, by training's own function: no logits of prompts."""
+    sequences = [torch.tensor(prompt + response) for prompt, response in batch]
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    attention = torch.arange(int(lengths.max())) < lengths[:, None]  # [S,L]
+    first = torch.tensor([len(prompt) for prompt, _ in batch])
+    ids, attention, first = (tensor.to(model.device) for tensor in
+                             (pad_sequence(sequences, True), attention.long(), first))
+    logp, _ = token_logprobs(model, ids, attention, first, 1.0, 1024)  # [S,T], 0 past the end
+    return -logp.sum() / sum(len(response) for _, response in batch)
 
 
-def read_equations(text: str) -> list[Equation]:
-    """
-    >>> read_equations("Cups in all: 19 + 43 = 52. The answer is \\\\boxed{52}.")
-    [Equation(name='cups in all', left=19, sign='+', right=43, value=52)]
-    """
-    found = re.findall(r"([^.:\n]+): (\d+) ([-+*/]) (\d+) = (\d+)", text)
-    return [Equation((name := n.strip())[0].lower() + name[1:], int(left), sign, int(right), int(value))
-            for n, left, sign, right, value in found if n.strip()]  # fmt: skip
+def warm_start(args, stories: list) -> None:
+    """Both halves under one AdamW, whose rate falls linearly to 0. A kill costs ten minutes."""
+    part, saved, log, before = args.work / "warm.part", args.work / "warm.pt", [], 0
+    policy = model, tokenizer, _ = load_policy(args.model)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    if saved.exists():
+        log, weights, moments = torch.load(saved, map_location="cpu", weights_only=True)
+        model.load_state_dict(weights), optimizer.load_state_dict(moments)
+    total, last_saved = 2 * -(-len(stories) // 2 // BATCH), time.monotonic()
+    bar = tqdm(total=total, initial=len(log), desc="warm start", unit="update")
+    for half in range(2):
+        rows = demonstrations(args, half, stories[half::2], policy)
+        batches = make_batches(rows, tokenizer, random.Random(f"{args.seed} batches {half}"))
+        for batch in batches[max(0, len(log) - before) :]:
+            started = time.process_time()
+            loss = supervised_loss(model, batch)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.param_groups[0]["lr"] = WARM_RATE * (1 - len(log) / total)
+            optimizer.step()
+            optimizer.zero_grad()
+            log.append([loss.item(), time.process_time() - started])
+            bar.set_postfix(loss=f"{log[-1][0]:.3f}")
+            bar.update()
+            if time.monotonic() - last_saved > 600:
+                torch.save([log, model.state_dict(), optimizer.state_dict()], part)
+                part.replace(saved)
+                last_saved = time.monotonic()
+        before += len(batches)
+    bar.close()
+    losses, seconds = zip(*log)
+    figures = {"losses": losses, "cpu_minutes": sum(seconds) / 60}
+    write_whole(args.work / "warm.json", json.dumps(figures))
+    model.save_pretrained(part), tokenizer.save_pretrained(part)
+    part.rename(args.work / "warm")
+    saved.unlink(missing_ok=True)
 
 
-def which_digits(right: int, wrong: int) -> str:
-    """
-    >>> which_digits(43, 53), which_digits(43, 44), which_digits(43, 52)
-    (': the tens are wrong', ': the ones are wrong', '')
-    """
-    if right // 10 == wrong // 10:
-        return ": the ones are wrong"
-    return ": the tens are wrong" if right % 10 == wrong % 10 and abs(right - wrong) < 100 else ""
+# ================================================================================= 2. measurement
 
 
-def analysis(story: Story, wrong_solution: str) -> str:
-    """Every step again, beside what the wrong solution has for it."""
-    written, sentences = read_equations(wrong_solution), []
-    by_name = {e.name: e for e in written}
-    for k, e in enumerate(story.solve()):
-        in_its_place = written[k] if len(written) == len(story.steps) else None
-        old = by_name.get(e.name, in_its_place)
-        if old is None:
-            finding = f"this step is missing, {e.task} is {e.value}"
-        elif old.sign != e.sign or (old.left, old.right) not in {(e.left, e.right)} | (
-            {(e.right, e.left)} if e.sign in "+*" else set()
-        ):
-            finding = f"not {old.task} but {e.task}, which is {e.value}"
-        elif old.value != e.value:
-            finding = f"{e.task} is {e.value}, not {old.value}{which_digits(e.value, old.value)}"
-        else:
-            finding = f"{e.task} is {e.value}, right"
-        sentences.append(f"{capital(e.name)}: {finding}.")
-    if old and finding.endswith("right"):  # then only the box can be wrong
-        sentences.append(f"Asked for are {e.name}, {e.value}, not {final_answer(wrong_solution)}.")
-    return " ".join(sentences)
+def correct(policy, problems, texts: list[str], purpose: int, grader, args) -> dict:
+    """One correction of each text: is it right, has it both sections? (Eq. 11)"""
+    turns = [correction_prompt(p.problem, text) for p, text in zip(problems, texts)]
+    samples = [row[0] for row in ask(policy, turns, 1, purpose, args)]
+    found = [find_correction(s.token_ids, policy[1], "sections") for s in samples]
+    solutions = [correction[2] if correction else "" for correction in found]
+    verdicts = grader.verdicts(solutions, [p.answer for p in problems])
+    return {"right": [int(verdict == "right") for verdict in verdicts],
+            "formed": [int(correction is not None) for correction in found],
+            "text": [sample.text for sample in samples]}
 
 
-def correction_text(story: Story, wrong_solution: str) -> str:
-    solution = solution_text(story.solve(), story.answer)
-    return f"Analysis:\n{analysis(story, wrong_solution)}\nCorrected Solution:\n{solution}"
+def answer(policy, problems, n: int, purpose: int, grader, args) -> tuple[list, np.ndarray]:
+    """n answers to each problem, and whether they are right [J,n]."""
+    samples = ask(policy, [solution_prompt(p.problem) for p in problems], n, purpose, args)
+    golds = [p.answer for p in problems for _ in range(n)]
+    verdicts = grader.verdicts([s.text for row in samples for s in row], golds)
+    return samples, np.reshape([int(verdict == "right") for verdict in verdicts], (-1, n))
+
+
+def measure(args, folder: Path, before=None) -> dict:
+    """--samples answers to each held-out problem, and a correction of the first, right or wrong.
+    Before RL also of errors that would enter the pool; after it, of those wrong before."""
+    policy, problems = load_policy(folder), load_problems(str(args.work / "held_out.jsonl"))
+    with Grader(workers=2) as grader:
+        samples, right = answer(policy, problems, args.samples, ANSWERS, grader, args)
+        first = [row[0] for row in samples]
+        result = {
+            "right": right.tolist(), "text": [s.text for s in first],
+            "boxed": float(np.mean([final_answer(s.text) is not None for r in samples for s in r])),
+            "error": [int(s.finished and not marks[0]) for s, marks in zip(first, right)],
+            "own": correct(policy, problems, [s.text for s in first], OF_OWN, grader, args),
+        }
+        if before:
+            wrong = np.flatnonzero(before["error"]).tolist()
+            again = correct(policy, [problems[j] for j in wrong],
+                            [before["text"][j] for j in wrong], OF_FIXED, grader, args)
+            result["fixed"] = dict(zip(wrong, again["right"]))
+        else:  # by training's own pool, Eqs. 7 and 8
+            pool = ErrorPool(trigger=1, min_variance=0.15)
+            some = problems[: args.pool_questions]
+            groups, marks = answer(policy, some, GROUP, GROUPS, grader, args)
+            for p, row, rewards in zip(some, groups, marks):
+                texts, finished = [s.text for s in row], [s.finished for s in row]
+                pool.add(p.problem, p.answer, texts, rewards, finished)
+            kept = pool.take(len(pool))
+            texts = [error.response for error in kept]
+            result["pool"] = correct(policy, kept, texts, OF_POOL, grader, args)
+    return result
+
+
+def before_rl(args) -> dict:
+    """The warm start's measurement, and 20 of its corrections for a human to judge."""
+    path = args.work / "before.json"
+    if not path.exists():
+        result = measure(args, args.work / "warm")
+        problems, pages = load_problems(str(args.work / "held_out.jsonl")), []
+        for j in np.flatnonzero(result["error"])[:20]:
+            verdict = "right" if result["own"]["right"][j] else "wrong"
+            pages += [f"**{problems[j].problem}** ({problems[j].answer}; corrected: {verdict})\n",
+                      f"```\n{result['text'][j]}\n\n{result['own']['text'][j]}\n```\n"]
+        write_whole(args.work / "analyses.md", "\n".join(pages))
+        write_whole(path, json.dumps(result))
+    return json.loads(path.read_text())
+
+
+# =================================================================================== 3, 4. the runs
+
+
+def run_one(args, method: str, rate: str, seed: int) -> None:
+    """train.py, then the measurement of what it made. Its numbers stay, and 20 corrections."""
+    file, (flags, times) = result_file(args.work, method, rate, seed), METHODS[method]
+    folder = file.with_suffix("")
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    command = [
+        sys.executable, ROOT / "train.py", *shlex.split(f"{TRAIN} {flags} {args.train_flags}"),
+        "--model", args.work / "warm", "--train_data", args.work / "training.jsonl",
+        "--steps", round(args.steps * times), "--learning_rate", rate, "--seed", seed,
+        "--max_new_tokens", args.max_new_tokens, "--output_dir", folder,
+    ]
+    with file.with_suffix(".log").open("w") as log:
+        subprocess.run(list(map(str, command)), check=True, stdout=log, stderr=log)
+    result = measure(args, folder / "final", before_rl(args))
+    result |= {"text": None, "own": result["own"] | {"text": result["own"]["text"][:20]}}
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    result["curve"] = [row for row in rows if row["step"]]
+    write_whole(file, json.dumps(result))
+    shutil.rmtree(folder)
+
+
+def run_all(args, jobs: list[tuple]) -> None:
+    """--jobs at a time, each in a fresh process. One that fails is named, and the others go on; the
+    same command does it again."""
+    jobs = [job for job in jobs if not result_file(args.work, *job).exists()]
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs)))
+    if args.jobs > 1:
+        os.environ["TQDM_DISABLE"] = "1"  # theirs: bars of several processes overwrite each other
+    how = {"mp_context": multiprocessing.get_context("spawn"), "max_tasks_per_child": 1}
+    with ProcessPoolExecutor(args.jobs, **how) as pool, tqdm(total=len(jobs), unit="run") as bar:
+        futures = {pool.submit(run_one, args, *job): job for job in jobs}
+        for future in as_completed(futures):
+            if error := future.exception():
+                log = result_file(args.work, *futures[future]).with_suffix(".log")
+                tqdm.write(f"error: {log.stem} failed ({error}); see {log}", file=sys.stderr)
+            bar.update()
+
+
+def parse(arguments):
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag, parts = parser.add_argument, ("table", "rates", "runs", "report")
+    flag("part", nargs="?", default="runs", choices=parts, help="up to which; default: all")
+    flag("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="folder or hub id")
+    flag("--work", type=Path, default=ROOT / "runs" / "real_model", help="everything goes here")
+    flag("--seed", type=int, default=0, help="of problems, demonstrations and measurements")
+    flag("--demonstrations", type=int, default=1200, help="of the warm start")
+    flag("--training", type=int, default=2000, help="training problems")
+    flag("--held_out", type=int, default=512, help="held-out problems")
+    flag("--largest_number", type=int, default=60, help="in a problem")
+    flag("--largest_factor", type=int, default=9, help="in a problem")
+    flag("--max_new_tokens", type=int, default=160, help="solutions take 50, corrections 110")
+    flag("--samples", type=int, default=1, help="answers to each held-out problem")
+    flag("--pool_questions", type=int, default=128, help="for what would enter the pool")
+    flag("--rates", nargs="+", default=["1e-5", "3e-5", "1e-4"], help="one: part 3 is left out")
+    flag("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    flag("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the runs")
+    flag("--steps", type=int, default=40, help="of a run")
+    flag("--jobs", type=int, default=1, help="runs at the same time")
+    flag("--train_flags", default="", help="more flags of train.py; of two the last one counts")
+    return parser.parse_args(arguments)
+
+
+def keep_settings(args) -> None:
+    """What is there is used again, so all in --work must have been made by the same settings."""
+    free = ("part", "work", "rates", "methods", "seeds", "jobs")
+    settings = {name: value for name, value in vars(args).items() if name not in free}
+    path = args.work / "settings.json"
+    if path.exists() and settings != json.loads(path.read_text()):
+        sys.exit(f"error: {path} has other settings; put them back, or name another --work")
+    write_whole(path, json.dumps(settings))
+
+
+def main(arguments=None) -> None:
+    args = parse(arguments)
+    disable_progress_bar()  # of Hugging Face's loading
+    (args.work / "runs").mkdir(parents=True, exist_ok=True)
+    keep_settings(args)
+    if not (args.work / "warm").exists():
+        counts = {name: getattr(args, name) for name in ("held_out", "training", "demonstrations")}
+        sets = make_stories(args.seed, counts, args.largest_number, args.largest_factor)
+        for name in ("held_out", "training"):
+            rows = [{"problem": s.problem, "answer": s.answer} for s in sets[name]]
+            write_rows(args.work / f"{name}.jsonl", rows)
+        warm_start(args, sets["demonstrations"])
+    print(table_before(before_rl(args)))
+    if args.part in ("rates", "runs") and len(args.rates) > 1:
+        run_all(args, [("grpo", rate, RATE_SEED) for rate in args.rates])
+    if args.part == "runs":
+        rate = best_rate(args.work, args.rates)
+        run_all(args, [(method, rate, seed) for seed in args.seeds for method in args.methods])
+    if args.part != "table":
+        print(report(args.work, args.rates, list(METHODS), args.seeds))
+
+
+if __name__ == "__main__":
+    main()
