@@ -23,8 +23,8 @@ stage would learn anything. Hence, each in --work, and skipped where its result 
 No training question is asked twice in a run of default length, so accuracy *while training* is that
 of unseen problems and costs nothing: train.py's own evaluation is off.
 
-On one core of a laptop the warm start takes half an hour, and so does a run. On a GPU: --jobs 6
---samples 4 --train_flags "--questions_per_step 16 --pool_trigger 16"; the runs share it.
+On one core of a laptop the warm start takes an hour and a run half of that. On a GPU add --jobs 8
+--samples 4 --pool_questions 512: the runs share it, each is busy with launching small kernels.
 """
 
 import argparse
@@ -57,7 +57,7 @@ from loss import token_logprobs  # noqa: E402
 from reward import Grader, final_answer, find_correction  # noqa: E402
 from rollout import load_problems, make_engine, render, sample_seed, solution_prompt  # noqa: E402
 
-CORRECTIONS, BATCH, WARM_RATE = 0.45, 8, 1e-4  # of the demonstrations: share, an update, its rate
+CORRECTIONS, BATCH = 0.45, 8  # their share of the demonstrations; demonstrations an update
 GROUP = 8  # samples a question, in training and where the errors that enter the pool are measured
 # What samples are drawn for: the second argument of `sample_seed`, so that no two share a stream.
 OWN_MISTAKES, ANSWERS, GROUPS, OF_OWN, OF_POOL, OF_FIXED = range(6)
@@ -171,7 +171,7 @@ def warm_start(args, stories: list) -> None:
             loss = supervised_loss(model, batch)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.param_groups[0]["lr"] = WARM_RATE * (1 - len(log) / total)
+            optimizer.param_groups[0]["lr"] = args.warm_learning_rate * (1 - len(log) / total)
             optimizer.step()
             optimizer.zero_grad()
             log.append([loss.item(), time.process_time() - started])
@@ -309,12 +309,13 @@ def parse(arguments):
     flag("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="folder or hub id")
     flag("--work", type=Path, default=ROOT / "runs" / "real_model", help="everything goes here")
     flag("--seed", type=int, default=0, help="of problems, demonstrations and measurements")
-    flag("--demonstrations", type=int, default=1200, help="of the warm start")
+    flag("--demonstrations", type=int, default=2400, help="of the warm start")
+    flag("--warm_learning_rate", type=float, default=1e-4, help="of its AdamW; falls to 0")
     flag("--training", type=int, default=2000, help="training problems")
     flag("--held_out", type=int, default=512, help="held-out problems")
     flag("--largest_number", type=int, default=60, help="in a problem")
     flag("--largest_factor", type=int, default=9, help="in a problem")
-    flag("--max_new_tokens", type=int, default=160, help="solutions take 50, corrections 110")
+    flag("--max_new_tokens", type=int, default=144, help="solutions take 50, corrections 120")
     flag("--samples", type=int, default=1, help="answers to each held-out problem")
     flag("--pool_questions", type=int, default=128, help="for what would enter the pool")
     flag("--rates", nargs="+", default=["1e-5", "3e-5", "1e-4"], help="one: part 3 is left out")

@@ -7,6 +7,7 @@ that one bootstrap over problems serves them all, paired.
 """
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ MEASURES = ("solved", "own errors corrected", "warm start's errors corrected",
 
 def write_whole(path: Path, text: str) -> None:
     """There wholly or not at all, so that what is there need not be done again."""
-    part = path.with_name(f"{path.name}.part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.write_text(text)
     part.replace(path)
 

@@ -10,8 +10,8 @@ r"""Word problems with solutions, mistakes, and corrections whose analysis takes
                Shells there: 19 + 9 = 28. Shells missing: 48 - 28 = 20. The answer is \boxed{20}.
 
 Not an analysis that only names the mistake: nothing in it would tell a model how to find one, and
-the corrected solution would have to find the right numbers by itself. Here it copies them, so that a
-gradient on the analysis alone (Eq. 12) has something to teach. word_problems.txt has the templates.
+the corrected solution would have to find the right numbers by itself. Here it copies them, and so a
+gradient on the analysis alone (Eq. 12) has something to teach. The templates: word_problems.txt.
 """
 
 import operator

@@ -1,8 +1,8 @@
 """bench/real_model.py on a random model of two layers, from the warm start to the report."""
 
+import doctest
 import json
 import random
-import re
 from pathlib import Path
 
 import pytest
@@ -27,14 +27,15 @@ def tokenizer():
 
 
 def test_a_demonstrated_correction_is_well_formed_and_right(tokenizer):
+    assert doctest.testmod(word_problems).failed == 0
     rng = random.Random(0)
     for story in word_problems.make_stories(0, {"some": 300}, 60, 9)["some"]:
         wrong = word_problems.make_mistake(story, rng)
         ids = tokenizer(word_problems.correction_text(story, wrong)).input_ids
         solution = find_correction(ids, tokenizer, "sections")[2]
         assert final_answer(solution) == story.answer != final_answer(wrong)
-        for left, sign, right, value in re.findall(r"(\d+) ([-+*/]) (\d+) = (\d+)", solution):
-            assert word_problems.SIGNS[sign](int(left), int(right)) == int(value)
+        for e in word_problems.read_equations(solution):
+            assert word_problems.SIGNS[e.sign](e.left, e.right) == e.value
 
 
 @pytest.mark.slow
