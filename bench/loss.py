@@ -5,9 +5,7 @@
 
 head       log-probabilities and entropy of 8,192 tokens at a vocabulary of 151,936 and hidden size
            1,536, forward and backward in fp32: `ChunkedLogprobs` beside plain logits and
-           log_softmax, each in a fresh process. Where memory does not suffice for the plain version
-           its peak is extrapolated from the two largest token counts that fit, in which it is
-           linear, and the times are those of the larger. Seconds are CPU seconds of one thread.
+           log_softmax, each in a fresh process. Seconds are CPU seconds of one thread.
 gradients  the parameter gradient of one optimizer step of two micro-batches, off-policy and with a
            KL term, beside that of TRL's GRPOTrainer, for every reduction.
 """
@@ -32,7 +30,6 @@ import loss
 torch.set_num_threads(1)
 VOCABULARY, HIDDEN, TOKENS = 151_936, 1_536, 8_192
 GROUPS, SAMPLES, LONGEST, TEMPERATURE, BETA = 16, 4, 320, 0.7, 0.04
-GIB = 2**30
 
 
 def child(function, *arguments):
@@ -44,29 +41,18 @@ def child(function, *arguments):
 
 
 def head():
-    memory = next(line for line in open("/proc/meminfo") if line.startswith("MemAvailable"))
-    tokens = TOKENS
-    # Log-probabilities, an exponential and a product for the entropy; the weight and its gradient.
-    while (3 * tokens + 2 * HIDDEN) * VOCABULARY * 4 + 4 * GIB > int(memory.split()[1]) * 1024:
-        tokens //= 2
-    plain, lean = child("head_once", "plain", tokens), child("head_once", "lean", TOKENS)
-    peak, at_same_length = plain["gib"], lean
-    if tokens < TOKENS:
-        half = child("head_once", "plain", tokens // 2)
-        peak += (plain["gib"] - half["gib"]) * (TOKENS - tokens) / (tokens // 2)
-        at_same_length = child("head_once", "lean", tokens)
-    ours, theirs = at_same_length["seconds"], plain["seconds"]
-    yield ("extra memory of log-probabilities, over plain logits", "at most 0.125",
-           f"{lean['gib'] / peak:.3f}: {lean['gib']:.2f} / {peak:.2f} GiB at {TOKENS:,} tokens")
-    yield ("time of the same", "at most 1.7",
-           f"{ours / theirs:.2f}: {ours:.1f} / {theirs:.1f} s at {tokens:,} tokens")  # fmt: skip
+    plain, lean = child("head_once", "plain"), child("head_once", "lean")
+    for name, limit, unit in (("extra memory", 0.125, "GiB"), ("time", 1.7, "s")):
+        ours, theirs = lean[unit], plain[unit]
+        yield (f"{name} of log-probabilities, over plain logits", f"at most {limit}",
+               f"{ours / theirs:.3f}: {ours:.2f} / {theirs:.2f} {unit}")  # fmt: skip
 
 
-def head_once(kind, tokens):
+def head_once(kind):
     torch.manual_seed(0)
-    hidden = torch.randn(tokens, HIDDEN).requires_grad_()
+    hidden = torch.randn(TOKENS, HIDDEN).requires_grad_()
     weight = (torch.randn(VOCABULARY, HIDDEN) * 0.02).requires_grad_()
-    targets = torch.randint(VOCABULARY, (tokens,))
+    targets = torch.randint(VOCABULARY, (TOKENS,))
     before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
     start = time.process_time()
     if kind == "lean":
@@ -79,7 +65,7 @@ def head_once(kind, tokens):
     logp.mean().backward()
     seconds = time.process_time() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"gib": (peak - before) / GIB, "seconds": seconds}
+    return {"GiB": (peak - before) / 2**30, "s": seconds}
 
 
 def gradients():
