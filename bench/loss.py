@@ -1,27 +1,28 @@
 """What loss.py's log-probabilities cost, and whether its gradients are a peer's. 10 minutes, 22 GB.
 
     pip install -r bench/requirements.txt     # in an environment of its own: it adds TRL
-    python bench/loss.py                      # all, or: python bench/loss.py head gradients
+    python bench/loss.py
 
-head       log-probabilities and entropy of 8,192 tokens at a vocabulary of 151,936 and hidden size
-           1,536, forward and backward in fp32: `ChunkedLogprobs` beside plain logits and
-           log_softmax, each in a fresh process. Seconds are CPU seconds of one thread.
-gradients  the parameter gradient of one optimizer step of two micro-batches, off-policy and with a
-           KL term, beside that of TRL's GRPOTrainer, for every reduction.
+Log-probabilities and entropy of 8,192 tokens at a vocabulary of 151,936 and hidden size 1,536,
+forward and backward in fp32, on one thread: `ChunkedLogprobs` beside plain logits and log_softmax.
+Then the parameter gradient of one optimizer step of two micro-batches, off-policy and with a KL
+term, beside that of TRL's GRPOTrainer, for every reduction.
 """
 
 import json
-import os
 import resource
 import subprocess
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -32,18 +33,14 @@ VOCABULARY, HIDDEN, TOKENS = 151_936, 1_536, 8_192
 GROUPS, SAMPLES, LONGEST, TEMPERATURE, BETA = 16, 4, 320, 0.7, 0.04
 
 
-def child(function, *arguments):
-    """Calls a function of this file in a fresh process, so that its peak memory is its own."""
-    command = [sys.executable, __file__, "--child", function, *map(json.dumps, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-    return json.loads(out.stdout.splitlines()[-1])
-
-
 def head():
-    plain, lean = child("head_once", "plain"), child("head_once", "lean")
+    measured = {}
+    for kind in ("plain", "lean"):  # each in a process of its own, so that the peak is its own
+        command = [sys.executable, __file__, "--child", kind]
+        out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        measured[kind] = json.loads(out)
     for name, limit, unit in (("extra memory", 0.125, "GiB"), ("time", 1.7, "s")):
-        ours, theirs = lean[unit], plain[unit]
+        ours, theirs = measured["lean"][unit], measured["plain"][unit]
         yield (f"{name} of log-probabilities, over plain logits", f"at most {limit}",
                f"{ours / theirs:.3f}: {ours:.2f} / {theirs:.2f} {unit}")  # fmt: skip
 
@@ -68,30 +65,25 @@ def head_once(kind):
     return {"GiB": (peak - before) / 2**30, "s": seconds}
 
 
-def gradients():
-    for reduction in loss.REDUCTIONS:
-        cosine, ratio = child("gradient_agreement", reduction)
-        yield (f"gradient of `{reduction}` beside TRL's",
-               "cosine at least 0.99999, norm ratio within 1e-4",
-               f"cosine 1 - {1 - cosine:.0e}, norm ratio 1 {ratio - 1:+.0e}")  # fmt: skip
-
-
 def padded(rows, side="right"):
     """(ids, mask), both [S,L]."""
-    ones = [torch.ones_like(row) for row in rows]
-    return pad_sequence(rows, True, padding_side=side), pad_sequence(ones, True, padding_side=side)
+    ids = pad_sequence(rows, True, padding_value=-1, padding_side=side)
+    return ids.clamp(min=0), (ids >= 0).long()
 
 
-def gradient_agreement(reduction):
+def gradient(reduction):
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(Qwen3Config(
         vocab_size=2048, hidden_size=256, intermediate_size=768, num_hidden_layers=6, head_dim=32,
         num_attention_heads=8, num_key_value_heads=2, tie_word_embeddings=False,
     ))  # fmt: skip
     rng = np.random.default_rng(0)
-    prompts, completions = ([torch.tensor(rng.integers(2, 2048, rng.integers(4, longest)))
-                             for _ in range(GROUPS * SAMPLES)] for longest in (60, LONGEST))
-    advantages = loss.group_advantages(torch.tensor(rng.integers(0, 2, (GROUPS, SAMPLES))).float())
+    prompts, completions = (
+        [torch.tensor(rng.integers(2, 2048, n)) for n in rng.integers(4, longest, GROUPS * SAMPLES)]
+        for longest in (60, LONGEST)
+    )
+    rewards = torch.tensor(rng.integers(0, 2, (GROUPS, SAMPLES))).float()
+    advantages = loss.group_advantages(rewards).flatten()
     rows = [torch.cat(pair) for pair in zip(prompts, completions)]
     ids, attention = padded(rows)
     completion_ids, mask = padded(completions)
@@ -109,7 +101,7 @@ def gradient_agreement(reduction):
         logp = logprobs(half)
         width = logp.shape[1]
         part, _ = loss.policy_loss(
-            logp, old[half, :width], ref[half, :width], advantages.flatten()[half],
+            logp, old[half, :width], ref[half, :width], advantages[half],
             mask[half, :width], clip_low=0.2, clip_high=0.2, beta=BETA, reduction=reduction,
             denominator=denominator,
         )  # fmt: skip
@@ -119,17 +111,16 @@ def gradient_agreement(reduction):
     theirs = trl_gradient(model, reduction, {
         "prompt_ids": prompt_ids, "prompt_mask": prompt_mask,
         "completion_ids": completion_ids, "completion_mask": mask,
-        "advantages": advantages.flatten(), "num_items_in_batch": mask.sum(),
+        "advantages": advantages, "num_items_in_batch": mask.sum(),
         "old_per_token_logps": old, "ref_per_token_logps": ref,
     })  # fmt: skip
-    cosine = torch.nn.functional.cosine_similarity(ours, theirs, dim=0)
-    return cosine.item(), (ours.norm() / theirs.norm()).item()
+    cosine, ratio = torch.cosine_similarity(ours, theirs, dim=0), ours.norm() / theirs.norm()
+    return (f"gradient of `{reduction}` beside TRL's", "cosine 1 - 1e-5, norm ratio 1 +- 1e-4",
+            f"cosine 1 - {1 - cosine:.0e}, norm ratio 1 {ratio - 1:+.0e}")  # fmt: skip
 
 
 def trl_gradient(model, reduction, rollout):
     """Of TRL's GRPOTrainer on a given rollout: all after generation and grading is its own."""
-    from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
 
     class Given(GRPOTrainer):
         def _generate_and_score_completions(self, _):
@@ -160,12 +151,10 @@ def trl_gradient(model, reduction, rollout):
 
 def main() -> None:
     if sys.argv[1:2] == ["--child"]:
-        print(json.dumps(globals()[sys.argv[2]](*map(json.loads, sys.argv[3:]))))
-        return
+        return print(json.dumps(head_once(sys.argv[2])))
     print("| measure | must be | measured |\n| --- | --- | --- |")
-    for name in sys.argv[1:] or ("head", "gradients"):
-        for row in {"head": head, "gradients": gradients}[name]():
-            print("| " + " | ".join(row) + " |", flush=True)
+    for row in chain(head(), map(gradient, loss.REDUCTIONS)):
+        print("| " + " | ".join(row) + " |", flush=True)
 
 
 if __name__ == "__main__":

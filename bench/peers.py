@@ -4,11 +4,9 @@
     python bench/peers.py                       # 15 minutes on 2 idle cores; writes RESULTS.md
     python bench/peers.py --seeds 1 --steps 6   # a look
 
-The toy on a CPU. Each training is a fresh process; the sides take turns, and which goes first
-alternates. Both grade by the same `reward.Grader`, so only the trainers differ. A step is one
-rollout with its updates, from the end of one step to the end of the next, everything included; the
-median of each run without its first two steps counts, on the clock and in CPU time (trainer and
-graders), which a busy machine hardly changes.
+Each training is a fresh process; the sides take turns. Both grade by the same `reward.Grader`. A
+step is one rollout with its updates, from the end of one step to the end of the next; the median of
+a run counts, on the clock and in CPU time with the graders', which other work hardly changes.
 """
 
 import argparse
@@ -22,27 +20,20 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
-from study import ROOT, header, row_of, write_section
+import numpy as np
+import pandas as pd
+import psutil
+from study import ROOT, markdown, write_section
 
 sys.path.insert(0, str(ROOT))
 
 QUESTIONS, SAMPLES, UPDATES, LONGEST, RATE = 32, 8, 2, 112, 5e-4
 MICRO_BATCH = 32  # samples of a forward pass; ours: as many tokens as these have at their longest
 PROMPT = 13  # tokens of the toy's longest prompt
-NOT_EQUAL = """\
-Equal: weights, the questions of each step and their order, prompts, grading, advantages, clip
-range, loss (`grpo`), learning rate, AdamW (no decay), gradient norm, fp32, samples of a forward
-pass. TRL has no logging, saving or progress bar, and no gradient checkpointing, which would cost it
-time; ours logs as always. Not equal, and left as each side has it:
-
-- random numbers, so the samples differ after the first token;
-- TRL deals samples to the two updates at random, ours by question: same expected gradients;
-- TRL's optimizer is its default, the fused AdamW, ours the plain one;
-- ours does not run samples whose advantage is zero, and sorts samples by length; TRL pads all to
-  the longest."""
-
-
-# ----------------------------------------------------------------------------- the table, outside
+EXPLAINED = """Equal: weights, the questions of each step, prompts, grading, advantages, clip range,
+loss (`grpo`), learning rate, AdamW (no decay), gradient norm, fp32, samples of a forward pass. TRL
+has no logging, saving or progress bar, and no gradient checkpointing. Not equal: random numbers; TRL deals samples to the two updates at random, ours by question; TRL's AdamW is fused;
+ours skips samples of advantage zero, and sorts them by length; TRL pads to the longest."""
 
 
 def main() -> None:
@@ -54,29 +45,26 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        return child(json.loads(options.child))
-    lines = header("measure", "must be", "ours", "TRL", "ours / TRL")
+        job, run = json.loads(options.child), {"ends": [], "cpu": [], "accuracy": []}
+        {"ours": ours, "trl": trl}[job["side"]](job, run)
+        return (Path(job["output"]) / "run.json").write_text(json.dumps(run))
+    lines = []
     for threads in (1, 2):
         runs = {"ours": [], "trl": []}
         for seed in range(options.seeds):
             for side in ("ours", "trl") if seed % 2 == 0 else ("trl", "ours"):
                 runs[side].append(training(side, threads, seed, options.steps))
-        for kind, name, limit in (("ends", "seconds", "at most 0.4"), ("cpu", "CPU seconds", "-")):
-            times = {side: [seconds_a_step(run[kind]) for run in of] for side, of in runs.items()}
-            ours, trl = (median(values) for values in times.values())
-            cells = [f"{median(t):.2f} ({min(t):.2f} to {max(t):.2f})" for t in times.values()]
-            measure = f"{name} a step, {threads} thread(s)"
-            lines.append(row_of([measure, limit, *cells, f"{ours / trl:.2f}"]))
+        for clock, name in (("ends", "seconds"), ("cpu", "CPU seconds")):
+            line = {"measure": f"{name} a step, {threads} thread(s)"}
+            for side in runs:  # stamps[i] is the end of step i; the first two steps warm up
+                t = [median(np.diff(run[clock])[2:]) for run in runs[side]]
+                line[side] = f"{median(t):.2f} ({min(t):.2f} to {max(t):.2f})"
+                line["ours / trl"] = median(t) if side == "ours" else line["ours / trl"] / median(t)
+            lines.append(line | {"ours / trl": f"{line['ours / trl']:.2f}"})
     versions = ", ".join(f"{name} {version(name)}" for name in ("trl", "transformers", "torch"))
-    text = f"`python bench/peers.py`, {options.seeds} seeds of {options.steps} steps; {versions}"
-    table = "\n".join([text, "", *lines, "", NOT_EQUAL])
-    print(table)
-    write_section(options.output / "RESULTS.md", "peers.py", table)
-
-
-def seconds_a_step(stamps: list[float]) -> float:
-    """Of step 3 and later: stamps[i] is the end of step i."""
-    return median(b - a for a, b in zip(stamps[2:], stamps[3:]))
+    note = f"`python bench/peers.py`, {options.seeds} seeds of {options.steps} steps; {versions}"
+    text = f"{note}\n\n{markdown(pd.DataFrame(lines))}\n\n{EXPLAINED}"
+    write_section(options.output / "RESULTS.md", "peers.py", text)
 
 
 def training(side: str, threads: int, seed: int, steps: int) -> dict:
@@ -90,47 +78,32 @@ def training(side: str, threads: int, seed: int, steps: int) -> dict:
         if done.returncode:
             sys.exit(f"error: {side} failed:\n{done.stderr[-3000:]}")
         run = json.loads((Path(folder) / "run.json").read_text())
-    spent, accuracy = run["ends"][-1] - run["ends"][0], run["accuracy"][-1]
-    print(f"{side}: seed {seed}, {threads} thread(s), {spent:.0f} s, accuracy {accuracy:.2f}")
+    print(f"{side}: seed {seed}, {threads} thread(s), accuracy {run['accuracy'][-1]:.2f}")
     return run
 
 
 # --------------------------------------------------------------------------- one training, inside
 
 
-def child(job: dict) -> None:
-    """Trains, and writes when step 1 began, when each step ended, and its accuracy."""
-    import torch
-
-    torch.set_num_threads(job["threads"])
-    run = {"ends": [], "cpu": [], "accuracy": []}
-    {"ours": ours, "trl": trl}[job["side"]](job, run)
-    (Path(job["output"]) / "run.json").write_text(json.dumps(run))
-
-
 def stamp(run: dict) -> None:
-    """The time, and the CPU time of this process and of its graders."""
+    """When step 1 begins and when a step ends: the time, and the CPU time with the graders'."""
+    me = psutil.Process()
+    spent = [process.cpu_times() for process in (me, *me.children(recursive=True))]
     run["ends"].append(time.monotonic())
-    ticks = 0
-    for children in Path("/proc/self/task").glob("*/children"):
-        for pid in children.read_text().split():
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            ticks += int(fields[11]) + int(fields[12])
-    run["cpu"].append(time.process_time() + ticks / os.sysconf("SC_CLK_TCK"))
+    run["cpu"].append(sum(times.user + times.system for times in spent))
 
 
 def ours(job: dict, run: dict) -> None:
     import train
 
-    record = train.record
+    log = train.log
 
     def stamped(the_run, metrics, groups):  # once before step 1, then near the end of each step
-        record(the_run, metrics, groups)
+        log(the_run, metrics, groups)
         stamp(run)
-        if metrics["step"] > 0:
-            run["accuracy"].append(metrics["accuracy"])
+        run["accuracy"].append(metrics.get("accuracy"))
 
-    train.record = stamped
+    train.log = stamped
     train.main([
         "--algorithm=grpo", "--rollout=transformers", f"--seed={job['seed']}",
         f"--steps={job['steps']}", f"--questions_per_step={QUESTIONS}", f"--group_size={SAMPLES}",

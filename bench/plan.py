@@ -89,7 +89,7 @@ def main(arguments: list[str]) -> None:
         settings = yaml.safe_load((CONFIGS / file).read_text())
         print(f"{file}: {settings['model']}, GB on each of {gpus} x {gpu_gb:g} GB")
         for name, value in plan(settings, gpus, gpu_gb).items():
-            print(f"{name:>16} {value:,.1f}" if isinstance(value, float) else f"{name:>16} {value:,}")
+            print(f"{name:>16} {value:,.1f}" if value < 1000 else f"{name:>16} {value:,}")
         print(f"{'':>16} {'fits' if fits(settings, gpus, gpu_gb) else 'DOES NOT FIT'}")
 
 

@@ -6,8 +6,7 @@
 32 prompts x 8 samples. Both sides draw the same number of tokens for the same sample: its
 end-of-sequence id is forced at a given length and forbidden before. Equal: twice the median.
 Spread: log-normal with sigma 1, cut off at 16 times the median. `generate` gets all 256 rows in one
-batch, left-padded; it returns no log-probabilities and has one random stream, the engine returns
-them and has 256. The sides take turns, and the fastest of three rounds counts.
+batch and returns no log-probabilities. The sides take turns; the fastest of three rounds counts.
 """
 
 import argparse
@@ -23,13 +22,6 @@ sys.path.insert(0, str(ROOT))
 import rollout
 
 PROMPTS, SAMPLES = 32, 8
-
-
-def spread_lengths(median: int) -> torch.Tensor:
-    normal = torch.randn(PROMPTS * SAMPLES, generator=torch.Generator().manual_seed(0))
-    lengths = (median * normal.exp()).long().clamp(1, 16 * median)
-    lengths[0] = 16 * median  # the cap is reached, as by one in 200
-    return lengths
 
 
 class Forced(LogitsProcessor):
@@ -60,7 +52,7 @@ def with_engine(model, tokenizer, prompts, lengths):
 
     rollout.uniforms, rollout.draw = seen, forced
     try:
-        engine = rollout.make_engine("transformers", model, tokenizer, model_path="")
+        engine = rollout.TransformersEngine(model, tokenizer, max_context=2048)
         seeds = torch.arange(PROMPTS * SAMPLES).view(PROMPTS, SAMPLES).tolist()
         how = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": int(lengths.max())}
         groups = engine.generate(prompts, SAMPLES, seeds=seeds, **how)
@@ -87,11 +79,14 @@ def main():
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
-    problems = rollout.load_problems(str(ROOT / "toy" / "test.jsonl"))[:PROMPTS]
-    prompts = [rollout.render(tokenizer, p.problem) for p in problems]
-    equal = torch.full((PROMPTS * SAMPLES,), 2 * options.median)
+    problems = rollout.load_problems(str(ROOT / "toy" / "test.jsonl"))
+    prompts = [rollout.render(tokenizer, p.problem) for p in problems[:PROMPTS]]
+    median, normal = options.median, torch.randn(PROMPTS * SAMPLES, generator=torch.manual_seed(0))
+    equal = torch.full((PROMPTS * SAMPLES,), 2 * median)
+    spread = (median * normal.exp()).long().clamp(1, 16 * median)
+    spread[0] = 16 * median  # the cap is reached, as by one in 200
     print("| lengths | tokens | `generate`, tokens/s | engine | ratio |\n" + "| --- " * 5 + "|")
-    for kind, lengths in (("equal", equal), ("spread", spread_lengths(options.median))):
+    for kind, lengths in (("equal", equal), ("spread", spread)):
         best = {}
         for side in (with_generate, with_engine) * 3:
             start = time.process_time()
