@@ -32,8 +32,9 @@ MICRO_BATCH = 32  # samples of a forward pass; ours: as many tokens as these hav
 PROMPT = 13  # tokens of the toy's longest prompt
 EXPLAINED = """Equal: weights, the questions of each step, prompts, grading, advantages, clip range,
 loss (`grpo`), learning rate, AdamW (no decay), gradient norm, fp32, samples of a forward pass. TRL
-has no logging, saving or progress bar, and no gradient checkpointing. Not equal: random numbers; TRL deals samples to the two updates at random, ours by question; TRL's AdamW is fused;
-ours skips samples of advantage zero, and sorts them by length; TRL pads to the longest."""
+has no logging, saving or progress bar, and no gradient checkpointing. Not equal: random numbers;
+TRL deals samples to the two updates at random, ours by question; TRL's AdamW is fused; ours skips
+samples of advantage zero, and sorts them by length; TRL pads to the longest."""
 
 
 def main() -> None:
@@ -55,12 +56,12 @@ def main() -> None:
             for side in ("ours", "trl") if seed % 2 == 0 else ("trl", "ours"):
                 runs[side].append(training(side, threads, seed, options.steps))
         for clock, name in (("ends", "seconds"), ("cpu", "CPU seconds")):
-            line = {"measure": f"{name} a step, {threads} thread(s)"}
+            line, middle = {"measure": f"{name} a step, {threads} thread(s)"}, {}
             for side in runs:  # stamps[i] is the end of step i; the first two steps warm up
                 t = [median(np.diff(run[clock])[2:]) for run in runs[side]]
+                middle[side] = median(t)
                 line[side] = f"{median(t):.2f} ({min(t):.2f} to {max(t):.2f})"
-                line["ours / trl"] = median(t) if side == "ours" else line["ours / trl"] / median(t)
-            lines.append(line | {"ours / trl": f"{line['ours / trl']:.2f}"})
+            lines.append(line | {"ours / trl": f"{middle['ours'] / middle['trl']:.2f}"})
     versions = ", ".join(f"{name} {version(name)}" for name in ("trl", "transformers", "torch"))
     note = f"`python bench/peers.py`, {options.seeds} seeds of {options.steps} steps; {versions}"
     text = f"{note}\n\n{markdown(pd.DataFrame(lines))}\n\n{EXPLAINED}"
