@@ -5,9 +5,9 @@ paid poisons the training. So what is in doubt is wrong.
 
     1. The last \boxed{} after the last </think> is the answer. Words outside it never count.
     2. An answer that is the gold letter for letter is right. Any other goes to a worker: a subprocess
-       that runs this file, has a memory limit, and is killed when it is late. Not a thread, which
-       nothing can stop: 9^{9^{9^9}} holds the GIL for a minute. Not `signal.alarm`, which works in a
-       main thread only. Not multiprocessing, whose spawn imports the trainer again.
+       that runs this file and is killed when it is late. Not a thread, which nothing can stop; not
+       `signal.alarm`, which works in a main thread only; not multiprocessing, whose spawn imports the
+       trainer again.
     3. The worker tidies notation, math-verify reads it, and the two are compared exactly.
     4. An answer that leaves work undone is wrong: a policy soon learns to box the question.
 
@@ -21,13 +21,15 @@ import functools
 import json
 import os
 import re
+import resource
+import signal
 import subprocess
 import sys
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import wait
 
-LONGEST = 2000  # characters of an answer that is read; a longer one is ungradable
+LONGEST = 2000  # characters; a longer answer is ungradable
 MEMORY = 2**30  # bytes of address space for a worker, which needs a tenth of it
 START = 120.0   # seconds in which a new worker must be ready; 0.7 on an idle core
 
@@ -65,20 +67,13 @@ def grade(responses, golds, timeout=5.0):
         return [float(verdict == "right") for verdict in grader.verdicts(responses, golds)]  # Eq. 1
 
 
-class Grader(contextlib.AbstractContextManager):
-    """Workers, started when needed and kept between calls; `deadline` is in seconds, for one answer."""
+class Grader(contextlib.ExitStack):
+    """Workers, started when needed, kept between calls, stopped by close(); `deadline` in seconds."""
 
     def __init__(self, workers=2, deadline=5.0):
+        super().__init__()
         self.deadline = deadline
         self.idle = [None] * workers  # None: a worker that is yet to be started
-
-    def __exit__(self, *exception):
-        self.close()
-
-    def close(self):
-        for worker in filter(None, self.idle):
-            stop_worker(worker)
-        self.idle = [None] * len(self.idle)
 
     def verdicts(self, responses, golds):
         """"right", "wrong" or "ungradable" (late, out of memory, or a gold that nobody can read)."""
@@ -92,30 +87,25 @@ class Grader(contextlib.AbstractContextManager):
 
     def mark(self, pair):
         """One verdict. A worker has one answer at a time, so no other is lost with it."""
-        worker = self.idle.pop() or start_worker()
+        worker = self.idle.pop() or self.start()
         verdict = ask(worker, [*pair, self.deadline], self.deadline)
         if not verdict:
-            stop_worker(worker)
+            worker.kill()
+            worker.communicate()
         self.idle.append(worker if verdict else None)
         return verdict or "ungradable"
 
-
-def start_worker():
-    """A worker that has warmed up on two lines. It ends with its stdin, so with the trainer."""
-    # Without gmpy2, which aborts at a memory limit; in its own session, which Ctrl-C does not reach.
-    worker = subprocess.Popen(
-        [sys.executable, os.path.abspath(__file__)], text=True, start_new_session=True,
-        env={**os.environ, "SYMPY_GROUND_TYPES": "python", "MPMATH_NOGMPY": "1"},
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    if ask(worker, ["y=2x+1", "y-2x=1", START], START) != "right":
-        stop_worker(worker)
-        raise RuntimeError(f"a grading worker did not start; see {' '.join(worker.args)}")
-    return worker
-
-
-def stop_worker(worker):
-    worker.kill()
-    worker.communicate()
+    def start(self):
+        """A worker that has warmed up on two lines. It ends with its stdin, so with the trainer."""
+        worker = subprocess.Popen(
+            [sys.executable, os.path.abspath(__file__)], text=True, start_new_session=True,
+            env={**os.environ, "SYMPY_GROUND_TYPES": "python"},  # gmpy2 aborts at a memory limit
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self.callback(worker.communicate)
+        self.callback(worker.kill)
+        if ask(worker, ["y=2x+1", "y-2x=1", START], START) != "right":
+            raise RuntimeError(f"a grading worker did not start; see {' '.join(worker.args)}")
+        return worker
 
 
 def ask(worker, job, seconds):
@@ -130,8 +120,7 @@ def find_correction(token_ids, tokenizer, span="sections"):
     """(start, end, solution_text) of a well-formed correction, else None (Eq. 11).
 
     token_ids[start:end] is the analysis (Eq. 12): from the first header, be it on the same line, to
-    the second header's line. A token belongs if all its characters do. With span="prefix" it begins
-    at the first token. [ours]
+    the second header's line. A token belongs if all its characters do. [ours] span="prefix": from 0.
 
     >>> class Letters:
     ...     decode = staticmethod("".join)
@@ -155,7 +144,8 @@ def find_correction(token_ids, tokenizer, span="sections"):
     after = answer_start(text)
     if after is None:
         return None
-    analysis, solution = (list(header(name).finditer(text[after:])) for name in SECTIONS)
+    analysis, solution = (list(header(name).finditer(text[after:]))
+                          for name in ("Analysis", "CorrectedSolution"))
     if len(analysis) != 1 or len(solution) != 1:  # Eq. 11: both, once each
         return None
     begin, stop = after + analysis[0].end(), after + solution[0].start()
@@ -167,13 +157,10 @@ def find_correction(token_ids, tokenizer, span="sections"):
     return start, max(start, end), text[after + solution[0].end():]  # Eq. 12
 
 
-SECTIONS = "Analysis", "Corrected Solution"
-
-
 def header(name):
     """A line that begins with the name, as `1. **Analysis:** The`, and goes on with a colon or ends."""
     space, marks = r"[^\S\n]*", r"(?:[^\S\n]*[#*_])*"
-    letters = (marks + space).join(name.replace(" ", ""))
+    letters = (marks + space).join(name)
     return re.compile(rf"^{marks}{space}(?:(?:\d+[.)]|[-+•]){marks}{space})?{letters}{marks}"
                       rf"(?:{space}:{marks}|(?={space}$))", re.IGNORECASE | re.MULTILINE)
 
@@ -181,10 +168,11 @@ def header(name):
 # ---------------------------------------------------------------------------- the worker: notation
 CHANGE = (r"(?i:\b(?:or|and|not|plus|minus|times|over|to|point|factorial|choose|base|binary|squared"
           r"|cubed|half|halves|hundred|thousand|\w+illion|least|most|less|fewer|except|unless|wrong"
-          r"|false|is|if|pi)\b|(?:thirds?|(?!months)\b\w+ths?|more)\W*$)")
+          r"|false|is|if|pi)\b|(?:thirds?|(?!months)\b\w+ths?|more)\W*$)")  # 7 million is not 7
 TEXT = r"\\text\{(?!\s*[aeijknqruvwxyz]\s*\})(?:[^{},;\d]|\^?\{?-?\d\}?)+\}(?:\s?\^\s?\{?-?\d\}?)?"
 WORD = (r"(?:[a-zA-Z]{4,}|[cmkd]m|[km]g|in|ft|yd|mi|lbs?|oz|mL|[mk]ph|hrs?|min|sec|day|old|sq|cu|per"
         r"|[CF]|k?m/[hs])\.?(?:\^\{?\d\}?)?")
+UNIT = rf"(?:{TEXT}(?:\s?(?:/|\\cdot)?\s?{TEXT})*|(?<=[\d}} ]){WORD}(?:[ /]{WORD})*)$"
 NOTATION = [  # (what is replaced, by what), in this order  # an example
     ("[−–—]", "-"), ("[·∙]", r"\\cdot "), ("√", "sqrt"), ("∞", r"\\infty "), ("∈", r"\\in "), ("⁄", "/"),
     (r"\\[()\[\]]|\\?[$€£]|\\text\{\W*\}|^\*\*|\*\*$|\\\\$", ""),         # \$18, \(18\), **18**
@@ -202,31 +190,25 @@ NOTATION = [  # (what is replaced, by what), in this order  # an example
     (r"(?i)\\varnothing|\\\{\s*\\\}|^(?:\\text\{)?no (?:real )?solutions?\}?$", r"\\emptyset "),
     (r"^0?(\d+:\d\d)(?:\s?(?:\\text\{)?\s*[ap]\.?m\.?\s*\}?)?$", r"\1"),  # 1:58 a.m.
     (r"[\s.,;:]+(\}?)$", r"\1"), (r"^\s+", ""),                           # 5., \text{Yes.}
-    (rf"(?<=[\w}})\]%])\s?(?!.*{CHANGE})(?:{TEXT}(?:\s?(?:/|\\cdot)?\s?{TEXT})*"
-     rf"|(?<=[\d}} ]){WORD}(?:[ /]{WORD})*)$", ""),                       # 5 cm, 9.8\text{ m/s}^2
+    (rf"(?<=[\w}})\]%])\s?(?!.*{CHANGE}){UNIT}", ""),                     # 5 cm, 9.8\text{ m/s}^2
     (r"(?<=\d)(?:\^\{?)?(?:\\text\{)?(?:st|nd|rd|th)\}*$", ""),           # 23rd, 4^{\text{th}}
     (r"\\text\{\s*([-+]?[\d.,]+|[A-Za-z]|\(?[A-Z][).:]*)\s*\}", r"\1"),   # \text{(A)}
-    (r"^\(?([A-J])(?:\)|\s?[.:]|\)\s?[.:])\s?(?!\\text)(?:\\[a-z]+|[^A-Za-z])*$|^\(([a-j])\)$", r"\1\2"),
+    (r"^\(?([A-J])(?:\)|\s?[.:])+\s?(?!\\text)(?:\\[a-z]+|[^A-Za-z])*$", r"\1"),  # (B) 12
     (r"(?<=\d)\s?\{\s?,\s?\}\s?(?=\d{3})", ","),                          # 1{,}000
     (r"(?<![\d.,(\[])(?<!\\\{)\d{1,3}(?:[ ,]\d{3})+(?!\d|,\d|\s?[)\]]|\s?\\\})",
      lambda number: re.sub("[ ,]", "", number[0])),                       # 1,000, but not (1,234)
     (r"(?<=\d)\s?[eE]([+-]?\d+)(?!\d)", r"\\cdot 10^{\1}"),               # 1.5e3
     (r"(?<!\d)(\d+) (\d+)/(\d+)(?!\d)", r"\1\\frac{\2}{\3}"),             # 1 1/2
-    (r"(\d+)\.(\d*)\\(?:overline|bar|dot)\s?\{?(\d+)\}?", lambda m: repeating(*m.groups())),
+    (r"(\d+)\.(\d*)\\(?:overline|bar|dot)\s?\{?(\d+)\}?",                 # 0.1\overline{6} = 15/90
+     lambda m: rf"\frac{{{int(m[1] + m[2] + m[3]) - int(m[1] + m[2])}}}"
+               rf"{{{'9' * len(m[3])}{'0' * len(m[2])}}}"),
     (r"^\(?(\d\w*)\)?_\{?(\d+)\}?$", r"\1_\2"), (r"_\{(\w)\}", r"_\1"),   # (101)_{2}, E_{1}
-    (r"(?:^|(?<=,)|(?<=\\\{))((?:(?!\\\{)[^,;])*)\\pm([^,;]*?)(?=,|;|$|\\\})", r"\1+\2,\1-\2"),
+    (r"(^|,|\\\{)((?:(?!\\\{)[^,;])*)\\pm([^,;]*?)(?=,|;|$|\\\})", r"\1\2+\3,\2-\3"),  # 1 \pm i
     (r"^(?:[A-Za-z](?:_\w)?)?\s?\\approx", ""),                           # x \approx 8.24
     (r"^([^=]+)=\s?([A-Za-z](?:_\w)?)$", r"\2=\1"),                       # 5 = x
-    (r"^\\langle(.*)\\rangle$", r"(\1)"),                                 # vectors are tuples
     (r"^\\begin\{[pb]matrix\}([^&]*?)(?:\\\\)?\s?\\end\{[pb]matrix\}$",
      lambda column: "(" + column[1].replace(r"\\", ",") + ")"),
 ]
-
-
-def repeating(whole, digits, period):
-    r"""0.1\overline{6} is (16 - 1)/90."""
-    top = int(whole + digits + period) - int(whole + digits)
-    return rf"\frac{{{top}}}{{{'9' * len(period)}{'0' * len(digits)}}}"
 
 
 def tidy(text):
@@ -244,7 +226,6 @@ if __name__ == "__main__":  # never in the trainer
     import sympy
     from latex2sympy2_extended import is_expr_of_only_symbols, latex2sympy2, math_normalization
     from math_verify import grader
-    from sympy.functions.elementary.trigonometric import TrigonometricFunction
 
     class Parser(latex2sympy2._Latex2Sympy):
         """math-verify's parser, which takes 0.1 for a float and 5(5) for a mixed number."""
@@ -264,13 +245,9 @@ if __name__ == "__main__":  # never in the trainer
 def judge(gold, answer):
     """The verdict. 50% is 50, where the question says per cent, and 0.5; but 0.5% is not 0.5."""
     gold, answer = tidy(gold), tidy(answer)
-    plain, number = gold.removesuffix(r"\%"), answer.removesuffix(r"\%")
-    if same(gold, answer) or not re.match(r"0?\.", number) and same(plain, number):
+    number = answer.removesuffix(r"\%")
+    if same(gold, answer) or number[:1] not in "0." and same(gold.removesuffix(r"\%"), number):
         return "right"
-    if (plain == gold) != (number == answer):
-        hundredth = [rf"\frac{{{text[:-2]}}}{{100}}" if text.endswith("%") else text for text in (gold, answer)]
-        if same(*hundredth):
-            return "right"
     return "wrong" if wordy(gold) or read(gold) is not None else "ungradable"
 
 
@@ -285,9 +262,7 @@ def same(gold, answer):
     """Whether two tidied texts mean the same, and the answer leaves no more undone than the gold."""
     letters = [re.sub(r"\\text\{\s*([^{}]*?)\s*\}", r"\1", text) for text in (gold, answer)]
     letters = [re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text) for text in letters]
-    if letters[0] == letters[1]:
-        return True
-    if wordy(gold) or wordy(answer):
+    if letters[0] == letters[1] or wordy(gold) or wordy(answer):
         return letters[0].casefold() == letters[1].casefold()
     a, b = read(gold), read(answer)
     if a is None or b is None:
@@ -295,6 +270,8 @@ def same(gold, answer):
     if a.has(sympy.Eq) != b.has(sympy.Eq):
         a, b = value(a), value(b)
         answer = re.split(r"=(?![^{}]*\})", answer)[-1]
+    if isinstance(b, sympy.Expr) and b.free_symbols - a.free_symbols:
+        return False  # 1458 + x - x
     return equal(a, b) and undone(b, answer) <= undone(a, gold)
 
 
@@ -309,8 +286,6 @@ def read(text):
     text = re.sub(r"(?<![\\a-zA-Z])i(?![a-zA-Z])", "I", text)
     try:
         return parser.parse(math_normalization.normalize_latex(text, tidying))
-    except MemoryError:
-        raise
     except Exception:  # the parser's own, and whatever SymPy meets in nonsense
         return None
 
@@ -324,18 +299,14 @@ def parts(expression):
 def value(expression):
     """v for x = v, f(2) = v and 2 + 3 = v, each element of a list so; None for 2x + z = v."""
     if isinstance(expression, (sympy.FiniteSet, sympy.Tuple)):
-        elements = parts(expression)
-        if len({element.lhs for element in elements if isinstance(element, sympy.Eq)}) > 1:
-            return sympy.Tuple(*map(value, sorted(elements, key=str)))  # y = 2, x = 1
-        return expression.func(*map(value, elements))
+        if len({part.lhs for part in parts(expression) if isinstance(part, sympy.Eq)}) > 1:
+            return sympy.Tuple(*map(value, sorted(parts(expression), key=str)))  # y = 2, x = 1
+        return expression.func(*map(value, parts(expression)))
     if not grader.is_equation(expression):
         return expression
-    first, last = parts(expression)[0].lhs, parts(expression)[-1].rhs
-    sides = [link.rhs for link in parts(expression)]
-    named = first.free_symbols and is_expr_of_only_symbols(first)
-    if not named and not isinstance(first, sympy.core.function.AppliedUndef):
-        sides.append(first)
-    return last if all(equal(side, last) for side in sides) else None
+    first, *sides = parts(expression)[0].lhs, *(link.rhs for link in parts(expression))
+    named = first.free_symbols and is_expr_of_only_symbols(first) or first.is_Function
+    return sides[-1] if all(equal(side, sides[-1]) for side in [first, *sides][bool(named):]) else None
 
 
 def equal(gold, answer):
@@ -353,12 +324,9 @@ def equal(gold, answer):
     if all(isinstance(one, sympy.FiniteSet) for one in both):
         counts = [[sum(equal(g, one) for one in parts(side)) for g in parts(gold)] for side in both]
         return len(parts(gold)) == len(parts(answer)) and counts[0] == counts[1]
-    if all(map(grader.is_relation, both)) and gold.free_symbols != answer.free_symbols:
-        return False
-    unions = [sympy.Union(*(part.as_set() for part in parts(one)))  # x < 1 or x > 3
-              if isinstance(one, sympy.FiniteSet) and all(map(grader.is_relation, parts(one))) else one
-              for one in both]
-    return grader.sympy_expr_eq(*unions, 6, 15, allow_set_relation_comp=True)
+    if isinstance(answer, sympy.FiniteSet) and all(map(grader.is_relation, parts(answer))):
+        answer = sympy.Union(*(part.as_set() for part in parts(answer)))  # x < 1 or x > 3
+    return grader.sympy_expr_eq(gold, answer, 6, 15, allow_set_relation_comp=True)
 
 
 def exact(gold, answer, *digits):
@@ -370,56 +338,37 @@ def exact(gold, answer, *digits):
         return False
     if a == b or a.free_symbols | b.free_symbols:
         return a == b or sympy.simplify(a - b) == 0
-    if a.is_Rational and b.is_Rational or a.is_infinite or b.is_infinite:
-        return printed(a, b) or printed(b, a)
-    return bool((a - b).equals(0)) or printed(a, b) or printed(b, a)
+    return bool(not a.is_Rational and not a.is_infinite and (a - b).equals(0))
 
 
-def printed(decimal, number):
-    """0.0833333333333333 is 1/12 as a machine prints it, if the number has no decimal of its own."""
-    finite = [one.is_Rational and 10**40 % one.q == 0 for one in (decimal, number)]
-    close = finite == [True, False] and abs(decimal - number) < abs(number) / 10**12
-    return bool(close) and decimal.q > 10**6
-
-
-EAGER = (r"\\(?:det|[dt]?binom|choose|Gamma|operatorname|phantom|b?mod|\|)(?![a-z])|[vV]matrix|\|_|e\^\{?\\l"
-         r"|['?]|\^\{?(?:T|\\top)|\\approx(?!.*\.\d)")  # what the parser does at once
+EAGER = re.compile(  # what the parser does at once, or SymPy later
+    r"\\(?:sum|prod|int|lim|max|min|det|[dt]?binom|choose|Gamma|operatorname|phantom|b?mod|cap|\|)(?![a-z])"
+    r"|\\frac\{(?:d|\\partial)|[vV]matrix|\|_|e\^\{?\\l|!(?!=)|['?]|\^\{?(?:T|\\top)|\\approx(?!.*\.\d)")
 
 
 def undone(expression, text):
-    """The kinds of work that are left to the reader."""
-    kinds = set(re.findall(EAGER, text))
+    """The kinds of work that are left to the reader (LESSONS 34)."""
+    kinds = set(EAGER.findall(text))
     for node in sympy.preorder_traversal(expression):
         if isinstance(node, sympy.Add):
             terms = [term.doit() for term in node.args]
             if len(sympy.Add.make_args(sympy.Add(*terms))) < len(terms):
                 kinds.add("sum")  # 964 + 494, but not 1 + \sqrt{2}
         elif isinstance(node, sympy.Mul):
-            factors = [f.doit() for f in node.args if not (f.free_symbols or f in (1, -1) or is_power(f))]
-            if len(sympy.Mul.make_args(sympy.Mul(*factors))) < len(factors) or sum(f.is_Add for f in factors) > 1:
+            powers = {f for f in node.args if f.is_Pow and f.base.is_Integer and f.exp.is_Integer
+                      and f.exp not in (0, 1) or isinstance(f, sympy.UnevaluatedExpr)}  # per cent
+            factors = [f.doit() for f in node.args if f.is_number and f not in {1, -1} | powers]
+            product = sympy.Mul.make_args(sympy.Mul(*factors))
+            if len(product) < len(factors) or sum(f.is_Add for f in factors) > 1:
                 kinds.add("product")  # 2 \cdot 3, but not 2^6 \cdot 3^5 or 6 \times 10^{-3}
-        elif isinstance(node, sympy.Union):
-            union = sympy.Union(*node.args)
-            if not isinstance(union, sympy.Union) or len(union.args) < len(node.args):
-                kinds.add("union")
-        elif isinstance(node, (sympy.Function, sympy.Max, sympy.Min, sympy.concrete.expr_with_limits.ExprWithLimits,
-                               sympy.Limit, sympy.Derivative, sympy.Intersection, sympy.MatrixExpr)):
-            if not isinstance(node, (sympy.exp, sympy.MatrixBase)):
-                kinds.add(isinstance(node, TrigonometricFunction) or type(node))
+        elif isinstance(node, (sympy.MatMul, sympy.MatAdd)) or not node.free_symbols and isinstance(
+                node, (sympy.Function, sympy.Union)) and node.func(*node.args) != node:
+            kinds.add(node.func)  # \log_2 8, [1, 3] \cup [2, 5]
     return kinds
-
-
-def is_power(factor):
-    if not factor.is_Pow or not factor.exp.is_Integer or factor.exp in (0, 1):
-        return False
-    return factor.base.is_Integer or factor.base.is_Rational and factor.exp > 1
 
 
 def work():
     """Read jobs from stdin and write verdicts to stdout until the trainer closes the pipe."""
-    import resource
-    import signal
-
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what a library prints is no reply
@@ -430,8 +379,6 @@ def work():
         signal.setitimer(signal.ITIMER_REAL, deadline + 1)
         try:
             verdict = judge(gold, answer) if len(answer) <= LONGEST else "ungradable"
-        except MemoryError:
-            os._exit(1)
         except Exception:  # what SymPy cannot compare earns nothing, and costs no worker
             verdict = "ungradable"
         signal.setitimer(signal.ITIMER_REAL, 0)
