@@ -1,17 +1,13 @@
 r"""Responses -> R in {0, 1} (Eq. 1), and the two sections of a correction (Eqs. 11, 12).
 
-The reward is the only teacher. A right answer that is missed costs a sample; a wrong one that is
-paid poisons the training. So what is in doubt is wrong.
+A right answer that is missed costs a sample; a wrong one that is paid poisons the training. So what
+is in doubt is wrong, and so is what leaves work undone: a policy soon learns to box the question.
 
-    1. The last \boxed{} after the last </think> is the answer. Words outside it never count.
-    2. An answer that is the gold letter for letter is right. Any other goes to a worker: a subprocess
-       that runs this file and is killed when it is late. Not a thread, which nothing can stop; not
-       `signal.alarm`, which works in a main thread only; not multiprocessing, whose spawn imports the
-       trainer again.
-    3. The worker tidies notation, math-verify reads it, and the two are compared exactly.
-    4. An answer that leaves work undone is wrong: a policy soon learns to box the question.
+An answer that is not the gold letter for letter goes to a worker: a subprocess that runs this file and
+is killed when it is late. Not a thread, which nothing can stop; not `signal.alarm`, which works in a
+main thread only; not multiprocessing, whose spawn imports the trainer again.
 
-    >>> grade([r"It is \boxed{0.5}.", r"\boxed{0.333}", r"\boxed{964+494}"], ["1/2", "1/3", "1458"])
+    >>> grade([r"\boxed{0.5}", r"\boxed{0.333}", r"\boxed{964+494}"], ["1/2", "1/3", "1458"])
     [1.0, 0.0, 0.0]
 """
 
@@ -29,25 +25,20 @@ import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import wait
 
-LONGEST = 2000  # characters; a longer answer is ungradable
 MEMORY = 2**30  # bytes of address space for a worker, which needs a tenth of it
 START = 120.0   # seconds in which a new worker must be ready; 0.7 on an idle core
 
 
 def answer_start(text):
-    """Where the answer begins: behind the last </think>; None where thinking never ends."""
+    """Where the answer begins: behind the last </think>, and nowhere if thinking never ends."""
     answer = text.rpartition("</think>")[2]
-    return None if "<think>" in answer else len(text) - len(answer)
+    return len(text) if "<think>" in answer else len(text) - len(answer)
 
 
 def final_answer(text):
-    r"""The content of the last \boxed{} after the thinking; None if it is missing or left open.
-
-    >>> final_answer(r"<think> \boxed{1}? </think> First \boxed{2}, or rather \boxed{\frac{1}{2}}.")
-    '\\frac{1}{2}'
-    """
-    start, last = answer_start(text), text.rfind(r"\boxed")
-    if start is None or last < start:
+    r"""The content of the last \boxed{} after the thinking; None if it is missing or left open."""
+    last = text.rfind(r"\boxed")
+    if last < answer_start(text):
         return None
     body = text[last + len(r"\boxed"):].lstrip()
     if number := re.match(r"-?\d[\d.,/]*", body):
@@ -77,7 +68,8 @@ class Grader(contextlib.ExitStack):
 
     def verdicts(self, responses, golds):
         """"right", "wrong" or "ungradable" (late, out of memory, or a gold that nobody can read)."""
-        pairs = [(gold.strip(), final_answer(text)) for text, gold in zip(responses, golds, strict=True)]
+        answers = map(final_answer, responses)
+        pairs = [(gold.strip(), answer) for gold, answer in zip(golds, answers, strict=True)]
         known = {(gold, answer): "right" if answer == gold else "wrong"
                  for gold, answer in pairs if answer in (gold, None)}
         jobs = [pair for pair in dict.fromkeys(pairs) if pair not in known]  # samples often agree
@@ -120,7 +112,7 @@ def find_correction(token_ids, tokenizer, span="sections"):
     """(start, end, solution_text) of a well-formed correction, else None (Eq. 11).
 
     token_ids[start:end] is the analysis (Eq. 12): from the first header, be it on the same line, to
-    the second header's line. A token belongs if all its characters do. [ours] span="prefix": from 0.
+    the second header's line, a token if all its characters are. [ours] span="prefix": from token 0.
 
     >>> class Letters:
     ...     decode = staticmethod("".join)
@@ -137,13 +129,8 @@ def find_correction(token_ids, tokenizer, span="sections"):
         prefix = text_of(k)
         return len(prefix if text.startswith(prefix) else prefix.rstrip("\ufffd"))
 
-    def touched(k):  # characters that they hold in full or in part
-        return len(text_of(k))
-
     text = text_of(len(token_ids))
     after = answer_start(text)
-    if after is None:
-        return None
     analysis, solution = (list(header(name).finditer(text[after:]))
                           for name in ("Analysis", "CorrectedSolution"))
     if len(analysis) != 1 or len(solution) != 1:  # Eq. 11: both, once each
@@ -153,12 +140,12 @@ def find_correction(token_ids, tokenizer, span="sections"):
         return None
     counts = range(len(token_ids) + 1)  # by bisection: each look costs time of order n
     start = 0 if span == "prefix" else bisect.bisect_left(counts, begin, key=whole)
-    end = bisect.bisect_right(counts, stop, key=touched) - 1
+    end = bisect.bisect_right(counts, stop, key=lambda k: len(text_of(k))) - 1
     return start, max(start, end), text[after + solution[0].end():]  # Eq. 12
 
 
 def header(name):
-    """A line that begins with the name, as `1. **Analysis:** The`, and goes on with a colon or ends."""
+    """A line that begins with the name, like `1. **Analysis:** The`; a colon follows, or nothing."""
     space, marks = r"[^\S\n]*", r"(?:[^\S\n]*[#*_])*"
     letters = (marks + space).join(name)
     return re.compile(rf"^{marks}{space}(?:(?:\d+[.)]|[-+•]){marks}{space})?{letters}{marks}"
@@ -167,19 +154,18 @@ def header(name):
 
 # ---------------------------------------------------------------------------- the worker: notation
 CHANGE = (r"(?i:\b(?:or|and|not|plus|minus|times|over|to|point|factorial|choose|base|binary|squared"
-          r"|cubed|half|halves|hundred|thousand|\w+illion|least|most|less|fewer|except|unless|wrong"
+          r"|cubed|hal(?:f|ves)|hundred|thousand|\w+illion|least|most|less|fewer|except|unless|wrong"
           r"|false|is|if|pi)\b|(?:thirds?|(?!months)\b\w+ths?|more)\W*$)")  # 7 million is not 7
 TEXT = r"\\text\{(?!\s*[aeijknqruvwxyz]\s*\})(?:[^{},;\d]|\^?\{?-?\d\}?)+\}(?:\s?\^\s?\{?-?\d\}?)?"
-WORD = (r"(?:[a-zA-Z]{4,}|[cmkd]m|[km]g|in|ft|yd|mi|lbs?|oz|mL|[mk]ph|hrs?|min|sec|day|old|sq|cu|per"
-        r"|[CF]|k?m/[hs])\.?(?:\^\{?\d\}?)?")
+WORD = r"(?:[a-zA-Z]{3,}|[cmkd]m|[km]g|in|ft|yd|oz|mL|sq|[CF]|k?m/[hs])\.?(?:\^\{?\d\}?)?"
 UNIT = rf"(?:{TEXT}(?:\s?(?:/|\\cdot)?\s?{TEXT})*|(?<=[\d}} ]){WORD}(?:[ /]{WORD})*)$"
 NOTATION = [  # (what is replaced, by what), in this order  # an example
-    ("[−–—]", "-"), ("[·∙]", r"\\cdot "), ("√", "sqrt"), ("∞", r"\\infty "), ("∈", r"\\in "), ("⁄", "/"),
+    ("[−–—]", "-"), ("[·∙]", r"\\cdot "), ("√", "sqrt"), ("∞", r"\\infty "), ("∈", r"\\in "),
     (r"\\[()\[\]]|\\?[$€£]|\\text\{\W*\}|^\*\*|\*\*$|\\\\$", ""),         # \$18, \(18\), **18**
     (r"\\(?:left|right|displaystyle|bf|rm)(?![a-zA-Z])|\\!\s*", ""),      # \left(1,2\right)
     (r"(?<!\\)\\[,;: ]|\\q?quad(?![a-z])|~|\s+", " "), (r"  +", " "),     # 1\,000
     (r"\\(?:(?:math|text)(?:rm|bf|it|sf)|boldsymbol|bm|emph|mbox)\s?(?=\{)", r"\\text"),
-    (r"\*\*", "^"), (r"\\?\binfinity", r"\\infty "), (r"\\[lc]?dots|\.\.\.", r"\\ldots "),
+    ("⁄", "/"), (r"\*\*", "^"), (r"\\?\binfinity", r"\\infty "), (r"\\[lc]?dots|\.\.\.", r"\\ldots "),
     (r"\^?(?:°|\\degree|\\circ|\{\\circ\})", " "),                        # 90^\circ
     (r"\\?sqrt\s*(?:\(([^()]*)\)|(\d+|[a-z]))", r"\\sqrt{\1\2}"),         # √12, sqrt(x+1)
     (r"(?<![\\a-zA-Z])(pi|sin|cos|tan|log|ln)(?![a-zA-Z])", r"\\\1 "),    # 2*pi
@@ -290,23 +276,20 @@ def read(text):
         return None
 
 
-def parts(expression):
-    """The elements of a list or a tuple, or the links of a chain, as they were written."""
-    chain = isinstance(expression, (sympy.FiniteSet, sympy.Tuple, latex2sympy2.And))
-    return getattr(expression, "_unsorted_args", expression.args) if chain else [expression]
-
-
 def value(expression):
     """v for x = v, f(2) = v and 2 + 3 = v, each element of a list so; None for 2x + z = v."""
+    parts = getattr(expression, "_unsorted_args", expression.args)  # as they were written
     if isinstance(expression, (sympy.FiniteSet, sympy.Tuple)):
-        if len({part.lhs for part in parts(expression) if isinstance(part, sympy.Eq)}) > 1:
-            return sympy.Tuple(*map(value, sorted(parts(expression), key=str)))  # y = 2, x = 1
-        return expression.func(*map(value, parts(expression)))
+        if len({part.lhs for part in parts if isinstance(part, sympy.Eq)}) > 1:
+            return sympy.Tuple(*map(value, sorted(parts, key=str)))  # y = 2, x = 1
+        return expression.func(*map(value, parts))
     if not grader.is_equation(expression):
         return expression
-    first, *sides = parts(expression)[0].lhs, *(link.rhs for link in parts(expression))
+    links = [expression] if isinstance(expression, sympy.Eq) else parts
+    first, last = links[0].lhs, links[-1].rhs
     named = first.free_symbols and is_expr_of_only_symbols(first) or first.is_Function
-    return sides[-1] if all(equal(side, sides[-1]) for side in [first, *sides][bool(named):]) else None
+    sides = [link.rhs for link in links] + [first] * (not named)
+    return last if all(equal(side, last) for side in sides) else None
 
 
 def equal(gold, answer):
@@ -322,10 +305,11 @@ def equal(gold, answer):
         factor = sympy.simplify((gold.lhs - gold.rhs) / (answer.lhs - answer.rhs))
         return bool(factor.is_number and factor.is_finite and factor != 0)
     if all(isinstance(one, sympy.FiniteSet) for one in both):
-        counts = [[sum(equal(g, one) for one in parts(side)) for g in parts(gold)] for side in both]
-        return len(parts(gold)) == len(parts(answer)) and counts[0] == counts[1]
-    if isinstance(answer, sympy.FiniteSet) and all(map(grader.is_relation, parts(answer))):
-        answer = sympy.Union(*(part.as_set() for part in parts(answer)))  # x < 1 or x > 3
+        golds, answers = (getattr(one, "_unsorted_args", one.args) for one in both)
+        counts = [[sum(equal(one, other) for other in side) for one in golds] for side in (golds, answers)]
+        return len(golds) == len(answers) and counts[0] == counts[1]
+    if isinstance(answer, sympy.FiniteSet) and all(map(grader.is_relation, answer.args)):
+        answer = sympy.Union(*(part.as_set() for part in answer.args))  # x < 1 or x > 3
     return grader.sympy_expr_eq(gold, answer, 6, 15, allow_set_relation_comp=True)
 
 
@@ -350,21 +334,27 @@ def undone(expression, text):
     """The kinds of work that are left to the reader (LESSONS 34)."""
     kinds = set(EAGER.findall(text))
     for node in sympy.preorder_traversal(expression):
-        if isinstance(node, sympy.Add):
-            terms = [term.doit() for term in node.args]
-            if len(sympy.Add.make_args(sympy.Add(*terms))) < len(terms):
+        if isinstance(node, (sympy.MatMul, sympy.MatAdd)):
+            kinds.add(node.func)
+        elif isinstance(node, sympy.Add):
+            if len(sympy.Add.make_args(sympy.Add(*(term.doit() for term in node.args)))) < len(node.args):
                 kinds.add("sum")  # 964 + 494, but not 1 + \sqrt{2}
         elif isinstance(node, sympy.Mul):
-            powers = {f for f in node.args if f.is_Pow and f.base.is_Integer and f.exp.is_Integer
-                      and f.exp not in (0, 1) or isinstance(f, sympy.UnevaluatedExpr)}  # per cent
-            factors = [f.doit() for f in node.args if f.is_number and f not in {1, -1} | powers]
+            factors = [factor.doit() for factor in node.args if is_factor(factor)]
             product = sympy.Mul.make_args(sympy.Mul(*factors))
-            if len(product) < len(factors) or sum(f.is_Add for f in factors) > 1:
-                kinds.add("product")  # 2 \cdot 3, but not 2^6 \cdot 3^5 or 6 \times 10^{-3}
-        elif isinstance(node, (sympy.MatMul, sympy.MatAdd)) or not node.free_symbols and isinstance(
-                node, (sympy.Function, sympy.Union)) and node.func(*node.args) != node:
-            kinds.add(node.func)  # \log_2 8, [1, 3] \cup [2, 5]
+            if len(product) < len(factors) or sum(factor.is_Add for factor in factors) > 1:
+                kinds.add("product")
+        elif isinstance(node, (sympy.Function, sympy.Union)) and not node.free_symbols:
+            if node.func(*node.args) != node:
+                kinds.add(node.func)  # \log_2 8, [1, 3] \cup [2, 5]
     return kinds
+
+
+def is_factor(number):
+    """2 \\cdot 3 is work to be done; 2^6 \\cdot 3^5, 6 \\times 10^{-3}, 2\\pi/3 and 50% are not."""
+    power = number.is_Pow and number.base.is_Integer and number.exp.is_Integer
+    done = power and number.exp not in (0, 1) or isinstance(number, sympy.UnevaluatedExpr)
+    return number.is_number and number not in (1, -1) and not done
 
 
 def work():
@@ -378,7 +368,7 @@ def work():
         # The trainer kills in time. If it is dead, this ends even C code: SIGALRM has no handler.
         signal.setitimer(signal.ITIMER_REAL, deadline + 1)
         try:
-            verdict = judge(gold, answer) if len(answer) <= LONGEST else "ungradable"
+            verdict = judge(gold, answer) if len(answer) <= 2000 else "ungradable"
         except Exception:  # what SymPy cannot compare earns nothing, and costs no worker
             verdict = "ungradable"
         signal.setitimer(signal.ITIMER_REAL, 0)
