@@ -3,12 +3,12 @@ r"""Responses -> R in {0, 1} (Eq. 1), and the two sections of a correction (Eqs.
 A right answer that is missed costs a sample; a wrong one that is paid poisons the training. So what
 is in doubt is wrong, and so is what leaves work undone: a policy soon learns to box the question.
 
-An answer that is not the gold letter for letter goes to a worker: a subprocess that runs this file and
-is killed when it is late. Not a thread, which nothing can stop; not `signal.alarm`, which works in a
-main thread only; not multiprocessing, whose spawn imports the trainer again.
+An answer that is not the gold letter for letter goes to a worker: a subprocess that runs this file
+and is killed when it is late. Not a thread, which nothing can stop; not `signal.alarm`, which works
+in a main thread only; not multiprocessing, whose spawn imports the trainer again.
 
-    >>> grade([r"\boxed{0.5}", r"\boxed{0.333}", r"\boxed{964+494}"], ["1/2", "1/3", "1458"])
-    [1.0, 0.0, 0.0]
+    >>> grade([r"\boxed{0.5}", r"\boxed{964+494}"], ["1/2", "1458"])
+    [1.0, 0.0]
 """
 
 import bisect
@@ -41,8 +41,6 @@ def final_answer(text):
     if last < answer_start(text):
         return None
     body = text[last + len(r"\boxed"):].lstrip()
-    if number := re.match(r"-?\d[\d.,/]*", body):
-        return number[0].rstrip(".,")  # without braces TeX boxes what comes next
     depth = 0
     for match in re.finditer(r"\\.|[{}]", body, re.DOTALL):  # an escaped \{ opens nothing
         depth += {"{": 1, "}": -1}.get(match[0], 0)
@@ -51,7 +49,6 @@ def final_answer(text):
     return None
 
 
-# -------------------------------------------------------------------------------------- the grader
 def grade(responses, golds, timeout=5.0):
     """R of each response to its gold: 1.0 if it is right, else 0.0."""
     with Grader(deadline=timeout) as grader:
@@ -59,7 +56,7 @@ def grade(responses, golds, timeout=5.0):
 
 
 class Grader(contextlib.ExitStack):
-    """Workers, started when needed, kept between calls, stopped by close(); `deadline` in seconds."""
+    """Workers, started when needed, kept between calls, stopped by close(); deadline in seconds."""
 
     def __init__(self, workers=2, deadline=5.0):
         super().__init__()
@@ -67,7 +64,7 @@ class Grader(contextlib.ExitStack):
         self.idle = [None] * workers  # None: a worker that is yet to be started
 
     def verdicts(self, responses, golds):
-        """"right", "wrong" or "ungradable" (late, out of memory, or a gold that nobody can read)."""
+        """"right", "wrong" or "ungradable": late, out of memory, a gold that nobody can read."""
         answers = map(final_answer, responses)
         pairs = [(gold.strip(), answer) for gold, answer in zip(golds, answers, strict=True)]
         known = {(gold, answer): "right" if answer == gold else "wrong"
@@ -107,17 +104,11 @@ def ask(worker, job, seconds):
     return worker.stdout.readline().strip() if wait([worker.stdout], seconds) else ""
 
 
-# ------------------------------------------------------------------------------------- corrections
 def find_correction(token_ids, tokenizer, span="sections"):
     """(start, end, solution_text) of a well-formed correction, else None (Eq. 11).
 
     token_ids[start:end] is the analysis (Eq. 12): from the first header, be it on the same line, to
     the second header's line, a token if all its characters are. [ours] span="prefix": from token 0.
-
-    >>> class Letters:
-    ...     decode = staticmethod("".join)
-    >>> find_correction("**Analysis:** 2+2 is 4.\\nCorrected solution:\\n\\\\boxed{4}", Letters)
-    (13, 24, '\\n\\\\boxed{4}')
     """
     # Not skip_special_tokens: where <think> is a special token, its box would count.
     silent = {getattr(tokenizer, name, None) for name in ("eos_token_id", "pad_token_id")}
@@ -145,7 +136,7 @@ def find_correction(token_ids, tokenizer, span="sections"):
 
 
 def header(name):
-    """A line that begins with the name, like `1. **Analysis:** The`; a colon follows, or nothing."""
+    """A line that begins with the name, like `1. **Analysis:**`; a colon follows, or nothing."""
     space, marks = r"[^\S\n]*", r"(?:[^\S\n]*[#*_])*"
     letters = (marks + space).join(name)
     return re.compile(rf"^{marks}{space}(?:(?:\d+[.)]|[-+•]){marks}{space})?{letters}{marks}"
@@ -154,8 +145,8 @@ def header(name):
 
 # ---------------------------------------------------------------------------- the worker: notation
 CHANGE = (r"(?i:\b(?:or|and|not|plus|minus|times|over|to|point|factorial|choose|base|binary|squared"
-          r"|cubed|hal(?:f|ves)|hundred|thousand|\w+illion|least|most|less|fewer|except|unless|wrong"
-          r"|false|is|if|pi)\b|(?:thirds?|(?!months)\b\w+ths?|more)\W*$)")  # 7 million is not 7
+          r"|cubed|hal(?:f|ves)|hundred|thousand|\w+illion|least|most|less|fewer|except|unless|if"
+          r"|false|wrong|is|pi)\b|(?:thirds?|(?!months)\b\w+ths?|more)\W*$)")  # 7 million is not 7
 TEXT = r"\\text\{(?!\s*[aeijknqruvwxyz]\s*\})(?:[^{},;\d]|\^?\{?-?\d\}?)+\}(?:\s?\^\s?\{?-?\d\}?)?"
 WORD = r"(?:[a-zA-Z]{3,}|[cmkd]m|[km]g|in|ft|yd|oz|mL|sq|[CF]|k?m/[hs])\.?(?:\^\{?\d\}?)?"
 UNIT = rf"(?:{TEXT}(?:\s?(?:/|\\cdot)?\s?{TEXT})*|(?<=[\d}} ]){WORD}(?:[ /]{WORD})*)$"
@@ -165,7 +156,7 @@ NOTATION = [  # (what is replaced, by what), in this order  # an example
     (r"\\(?:left|right|displaystyle|bf|rm)(?![a-zA-Z])|\\!\s*", ""),      # \left(1,2\right)
     (r"(?<!\\)\\[,;: ]|\\q?quad(?![a-z])|~|\s+", " "), (r"  +", " "),     # 1\,000
     (r"\\(?:(?:math|text)(?:rm|bf|it|sf)|boldsymbol|bm|emph|mbox)\s?(?=\{)", r"\\text"),
-    ("⁄", "/"), (r"\*\*", "^"), (r"\\?\binfinity", r"\\infty "), (r"\\[lc]?dots|\.\.\.", r"\\ldots "),
+    ("⁄", "/"), (r"\*\*", "^"), (r"\\[lc]?dots|\.\.\.", r"\\ldots "),      # n**2, 1, 2, \dots
     (r"\^?(?:°|\\degree|\\circ|\{\\circ\})", " "),                        # 90^\circ
     (r"\\?sqrt\s*(?:\(([^()]*)\)|(\d+|[a-z]))", r"\\sqrt{\1\2}"),         # √12, sqrt(x+1)
     (r"(?<![\\a-zA-Z])(pi|sin|cos|tan|log|ln)(?![a-zA-Z])", r"\\\1 "),    # 2*pi
@@ -180,9 +171,8 @@ NOTATION = [  # (what is replaced, by what), in this order  # an example
     (r"(?<=\d)(?:\^\{?)?(?:\\text\{)?(?:st|nd|rd|th)\}*$", ""),           # 23rd, 4^{\text{th}}
     (r"\\text\{\s*([-+]?[\d.,]+|[A-Za-z]|\(?[A-Z][).:]*)\s*\}", r"\1"),   # \text{(A)}
     (r"^\(?([A-J])(?:\)|\s?[.:])+\s?(?!\\text)(?:\\[a-z]+|[^A-Za-z])*$", r"\1"),  # (B) 12
-    (r"(?<=\d)\s?\{\s?,\s?\}\s?(?=\d{3})", ","),                          # 1{,}000
-    (r"(?<![\d.,(\[])(?<!\\\{)\d{1,3}(?:[ ,]\d{3})+(?!\d|,\d|\s?[)\]]|\s?\\\})",
-     lambda number: re.sub("[ ,]", "", number[0])),                       # 1,000, but not (1,234)
+    (r"(?<![\d.,(\[])(?<!\\\{)\d{1,3}(?:(?:[ ,]|\s?\{,\}\s?)\d{3})+(?!\d|,\d|\s?[)\]]|\s?\\\})",
+     lambda number: re.sub("[ ,{}]", "", number[0])),                     # 1,000, but not (1,234)
     (r"(?<=\d)\s?[eE]([+-]?\d+)(?!\d)", r"\\cdot 10^{\1}"),               # 1.5e3
     (r"(?<!\d)(\d+) (\d+)/(\d+)(?!\d)", r"\1\\frac{\2}{\3}"),             # 1 1/2
     (r"(\d+)\.(\d*)\\(?:overline|bar|dot)\s?\{?(\d+)\}?",                 # 0.1\overline{6} = 15/90
@@ -198,9 +188,9 @@ NOTATION = [  # (what is replaced, by what), in this order  # an example
 
 
 def tidy(text):
-    """The text in one notation, without its unit."""
+    """The text in one notation, without its unit; first cm², x₁ and 1½."""
     for letters, form in (("[⁰¹²³⁴-⁹⁻]+", "^{%s}"), ("[₀-₉]+", "_{%s}"), ("[¼-¾⅐-⅞]", " %s")):
-        text = re.sub(letters, lambda m: form % unicodedata.normalize("NFKC", m[0]), text)  # cm², 1½
+        text = re.sub(letters, lambda m: form % unicodedata.normalize("NFKC", m[0]), text)
     text = unicodedata.normalize("NFKC", text)
     for pattern, replacement in NOTATION:
         text = re.sub(pattern, replacement, text)
@@ -212,6 +202,7 @@ if __name__ == "__main__":  # never in the trainer
     import sympy
     from latex2sympy2_extended import is_expr_of_only_symbols, latex2sympy2, math_normalization
     from math_verify import grader
+    from sympy.core.function import AppliedUndef
 
     class Parser(latex2sympy2._Latex2Sympy):
         """math-verify's parser, which takes 0.1 for a float and 5(5) for a mixed number."""
@@ -231,8 +222,9 @@ if __name__ == "__main__":  # never in the trainer
 def judge(gold, answer):
     """The verdict. 50% is 50, where the question says per cent, and 0.5; but 0.5% is not 0.5."""
     gold, answer = tidy(gold), tidy(answer)
+    hundredth = [re.sub(r"^(.*)\\%$", r"\\frac{\1}{100}", text) for text in (gold, answer)]
     number = answer.removesuffix(r"\%")
-    if same(gold, answer) or number[:1] not in "0." and same(gold.removesuffix(r"\%"), number):
+    if same(*hundredth) or number[:1] not in "0." and same(gold.removesuffix(r"\%"), number):
         return "right"
     return "wrong" if wordy(gold) or read(gold) is not None else "ungradable"
 
@@ -245,7 +237,7 @@ def wordy(text):
 
 
 def same(gold, answer):
-    """Whether two tidied texts mean the same, and the answer leaves no more undone than the gold."""
+    """Whether two texts mean the same, and the answer leaves no more undone than the gold."""
     letters = [re.sub(r"\\text\{\s*([^{}]*?)\s*\}", r"\1", text) for text in (gold, answer)]
     letters = [re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text) for text in letters]
     if letters[0] == letters[1] or wordy(gold) or wordy(answer):
@@ -266,7 +258,6 @@ def read(text):
     """A SymPy object; None if the text is not mathematics."""
     if re.fullmatch(r"-?\d+(?:\.\d+)?", text):
         return sympy.Rational(text)
-    # Not units=True, which takes the d of 3d for days. R and r are two variables, I is imaginary.
     tidying = math_normalization.NormalizationConfig(malformed_operators=True, boxed="none")
     parser = Parser(is_real=True, config=latex2sympy2.ConversionConfig(lowercase_symbols=False))
     text = re.sub(r"(?<![\\a-zA-Z])i(?![a-zA-Z])", "I", text)
@@ -287,7 +278,7 @@ def value(expression):
         return expression
     links = [expression] if isinstance(expression, sympy.Eq) else parts
     first, last = links[0].lhs, links[-1].rhs
-    named = first.free_symbols and is_expr_of_only_symbols(first) or first.is_Function
+    named = first.free_symbols and is_expr_of_only_symbols(first) or isinstance(first, AppliedUndef)
     sides = [link.rhs for link in links] + [first] * (not named)
     return last if all(equal(side, last) for side in sides) else None
 
@@ -305,9 +296,9 @@ def equal(gold, answer):
         factor = sympy.simplify((gold.lhs - gold.rhs) / (answer.lhs - answer.rhs))
         return bool(factor.is_number and factor.is_finite and factor != 0)
     if all(isinstance(one, sympy.FiniteSet) for one in both):
-        golds, answers = (getattr(one, "_unsorted_args", one.args) for one in both)
-        counts = [[sum(equal(one, other) for other in side) for one in golds] for side in (golds, answers)]
-        return len(golds) == len(answers) and counts[0] == counts[1]
+        lists = [getattr(one, "_unsorted_args", one.args) for one in both]  # with what occurs twice
+        counts = [[sum(equal(one, other) for other in side) for one in lists[0]] for side in lists]
+        return len(lists[0]) == len(lists[1]) and counts[0] == counts[1]
     if isinstance(answer, sympy.FiniteSet) and all(map(grader.is_relation, answer.args)):
         answer = sympy.Union(*(part.as_set() for part in answer.args))  # x < 1 or x > 3
     return grader.sympy_expr_eq(gold, answer, 6, 15, allow_set_relation_comp=True)
@@ -318,16 +309,14 @@ def exact(gold, answer, *digits):
     a, b = gold.doit(), answer.doit()
     if isinstance(a, sympy.MatrixBase) and isinstance(b, sympy.MatrixBase):
         return a.shape == b.shape and all(map(exact, a.flat(), b.flat()))
-    if a.has(sympy.nan, sympy.zoo) or not isinstance(a - b, sympy.Expr):
-        return False
-    if a == b or a.free_symbols | b.free_symbols:
-        return a == b or sympy.simplify(a - b) == 0
-    return bool(not a.is_Rational and not a.is_infinite and (a - b).equals(0))
+    known = isinstance(a - b, sympy.Expr) and not a.has(sympy.nan, sympy.zoo)
+    return known and (a == b or bool((a - b).equals(0)))
 
 
 EAGER = re.compile(  # what the parser does at once, or SymPy later
-    r"\\(?:sum|prod|int|lim|max|min|det|[dt]?binom|choose|Gamma|operatorname|phantom|b?mod|cap|\|)(?![a-z])"
-    r"|\\frac\{(?:d|\\partial)|[vV]matrix|\|_|e\^\{?\\l|!(?!=)|['?]|\^\{?(?:T|\\top)|\\approx(?!.*\.\d)")
+    r"\\(?:sum|prod|int|lim|max|min|det|[dt]?binom|choose|Gamma|operatorname|phantom|b?mod|cap|\|)"
+    r"(?![a-z])|\\frac\{(?:d|\\partial)|[vV]matrix|\|_|e\^\{?\\l|!(?!=)|['?]|\^\{?(?:T|\\top)"
+    r"|\\approx(?!.*\.\d)")
 
 
 def undone(expression, text):
@@ -337,31 +326,26 @@ def undone(expression, text):
         if isinstance(node, (sympy.MatMul, sympy.MatAdd)):
             kinds.add(node.func)
         elif isinstance(node, sympy.Add):
-            if len(sympy.Add.make_args(sympy.Add(*(term.doit() for term in node.args)))) < len(node.args):
+            total = sympy.Add.make_args(sympy.Add(*(term.doit() for term in node.args)))
+            if len(total) < len(node.args):
                 kinds.add("sum")  # 964 + 494, but not 1 + \sqrt{2}
-        elif isinstance(node, sympy.Mul):
-            factors = [factor.doit() for factor in node.args if is_factor(factor)]
+        elif isinstance(node, sympy.Mul):  # 2 \cdot 3, but not 2^6 \cdot 3^5, 6 \times 10^{-3}, 2\pi/3
+            factors = [f.doit() for f in node.args if f.is_number and f not in (1, -1) and not (
+                f.is_Pow and f.base.is_Integer and f.exp.is_Integer and f.exp not in (0, 1))]
             product = sympy.Mul.make_args(sympy.Mul(*factors))
             if len(product) < len(factors) or sum(factor.is_Add for factor in factors) > 1:
                 kinds.add("product")
-        elif isinstance(node, (sympy.Function, sympy.Union)) and not node.free_symbols:
-            if node.func(*node.args) != node:
-                kinds.add(node.func)  # \log_2 8, [1, 3] \cup [2, 5]
+        elif isinstance(node, sympy.Function) and not node.free_symbols:
+            kinds.add(node.func.__base__)  # \log_2 8, \sin 30; sine and cosine are of one kind
+        elif isinstance(node, sympy.Union) and sympy.Union(*node.args) != node:
+            kinds.add("union")  # [1, 3] \cup [2, 5]
     return kinds
-
-
-def is_factor(number):
-    """2 \\cdot 3 is work to be done; 2^6 \\cdot 3^5, 6 \\times 10^{-3}, 2\\pi/3 and 50% are not."""
-    power = number.is_Pow and number.base.is_Integer and number.exp.is_Integer
-    done = power and number.exp not in (0, 1) or isinstance(number, sympy.UnevaluatedExpr)
-    return number.is_number and number not in (1, -1) and not done
 
 
 def work():
     """Read jobs from stdin and write verdicts to stdout until the trainer closes the pipe."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what a library prints is no reply
+    replies, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no reply
     grader.sympy_numeric_eq = exact
     for line in sys.stdin:
         gold, answer, deadline = json.loads(line)
@@ -372,7 +356,7 @@ def work():
         except Exception:  # what SymPy cannot compare earns nothing, and costs no worker
             verdict = "ungradable"
         signal.setitimer(signal.ITIMER_REAL, 0)
-        print(verdict, file=replies)
+        print(verdict, file=replies, flush=True)
 
 
 if __name__ == "__main__":
