@@ -2,7 +2,6 @@ r"""Responses -> R in {0, 1} (Eq. 1), and the two sections of a correction (Eqs.
 
 A right answer that is missed costs a sample; a wrong one that is paid poisons the training. So what
 is in doubt is wrong, and so is what leaves work undone: a policy soon learns to box the question.
-
 An answer that is not the gold letter for letter goes to a worker: a subprocess that runs this file
 and is killed when it is late. Not a thread, which nothing can stop; not `signal.alarm`, which works
 in a main thread only; not multiprocessing, whose spawn imports the trainer again.
@@ -57,7 +56,6 @@ def grade(responses, golds, timeout=5.0):
 
 class Grader(contextlib.ExitStack):
     """Workers, started when needed, kept between calls, stopped by close(); deadline in seconds."""
-
     def __init__(self, workers=2, deadline=5.0):
         super().__init__()
         self.deadline = deadline
@@ -65,8 +63,7 @@ class Grader(contextlib.ExitStack):
 
     def verdicts(self, responses, golds):
         """"right", "wrong" or "ungradable": late, out of memory, a gold that nobody can read."""
-        answers = map(final_answer, responses)
-        pairs = [(gold.strip(), answer) for gold, answer in zip(golds, answers, strict=True)]
+        pairs = list(zip(map(str.strip, golds), map(final_answer, responses), strict=True))
         known = {(gold, answer): "right" if answer == gold else "wrong"
                  for gold, answer in pairs if answer in (gold, None)}
         jobs = [pair for pair in dict.fromkeys(pairs) if pair not in known]  # samples often agree
@@ -109,8 +106,8 @@ def find_correction(token_ids, tokenizer, span="sections"):
 
     token_ids[start:end] is the analysis (Eq. 12): from the first header, be it on the same line, to
     the second header's line, a token if all its characters are. [ours] span="prefix": from token 0.
+    Not with skip_special_tokens: where <think> is a special token, its box would count.
     """
-    # Not skip_special_tokens: where <think> is a special token, its box would count.
     silent = {getattr(tokenizer, name, None) for name in ("eos_token_id", "pad_token_id")}
 
     def text_of(k):  # of the first k tokens, because single ones lose bytes and spaces
@@ -143,7 +140,6 @@ def header(name):
                       rf"(?:{space}:{marks}|(?={space}$))", re.IGNORECASE | re.MULTILINE)
 
 
-# ---------------------------------------------------------------------------- the worker: notation
 CHANGE = (r"(?i:\b(?:or|and|not|plus|minus|times|over|to|point|factorial|choose|base|binary|squared"
           r"|cubed|hal(?:f|ves)|hundred|thousand|\w+illion|least|most|less|fewer|except|unless|if"
           r"|false|wrong|is|pi)\b|(?:thirds?|(?!months)\b\w+ths?|more)\W*$)")  # 7 million is not 7
@@ -197,8 +193,7 @@ def tidy(text):
     return text.strip()
 
 
-# ----------------------------------------------------------------------------- the worker: meaning
-if __name__ == "__main__":  # never in the trainer
+if __name__ == "__main__":  # in a worker, never in the trainer
     import sympy
     from latex2sympy2_extended import is_expr_of_only_symbols, latex2sympy2, math_normalization
     from math_verify import grader
@@ -206,7 +201,6 @@ if __name__ == "__main__":  # never in the trainer
 
     class Parser(latex2sympy2._Latex2Sympy):
         """math-verify's parser, which takes 0.1 for a float and 5(5) for a mixed number."""
-
         def parse_number(self, text):
             return sympy.Rational(text.replace(",", ""))
 
@@ -248,8 +242,6 @@ def same(gold, answer):
     if a.has(sympy.Eq) != b.has(sympy.Eq):
         a, b = value(a), value(b)
         answer = re.split(r"=(?![^{}]*\})", answer)[-1]
-    if isinstance(b, sympy.Expr) and b.free_symbols - a.free_symbols:
-        return False  # 1458 + x - x
     return equal(a, b) and undone(b, answer) <= undone(a, gold)
 
 
@@ -261,14 +253,12 @@ def read(text):
     tidying = math_normalization.NormalizationConfig(malformed_operators=True, boxed="none")
     parser = Parser(is_real=True, config=latex2sympy2.ConversionConfig(lowercase_symbols=False))
     text = re.sub(r"(?<![\\a-zA-Z])i(?![a-zA-Z])", "I", text)
-    try:
+    with contextlib.suppress(Exception):  # the parser's own, and whatever SymPy meets in nonsense
         return parser.parse(math_normalization.normalize_latex(text, tidying))
-    except Exception:  # the parser's own, and whatever SymPy meets in nonsense
-        return None
 
 
 def value(expression):
-    """v for x = v, f(2) = v and 2 + 3 = v, each element of a list so; None for 2x + z = v."""
+    """v for x = v, f(2) = v and 2 + 3 = v, each element of a list so; nan for 2x + z = v."""
     parts = getattr(expression, "_unsorted_args", expression.args)  # as they were written
     if isinstance(expression, (sympy.FiniteSet, sympy.Tuple)):
         if len({part.lhs for part in parts if isinstance(part, sympy.Eq)}) > 1:
@@ -277,17 +267,16 @@ def value(expression):
     if not grader.is_equation(expression):
         return expression
     links = [expression] if isinstance(expression, sympy.Eq) else parts
-    first, last = links[0].lhs, links[-1].rhs
-    named = first.free_symbols and is_expr_of_only_symbols(first) or isinstance(first, AppliedUndef)
-    sides = [link.rhs for link in links] + [first] * (not named)
-    return last if all(equal(side, last) for side in sides) else None
+    first, sides = links[0].lhs, [link.rhs for link in links]
+    named = first.free_symbols and is_expr_of_only_symbols(first)
+    if not named and not isinstance(first, AppliedUndef):
+        sides.insert(0, first)
+    return sides[-1] if all(equal(side, sides[-1]) for side in sides) else sympy.nan
 
 
 def equal(gold, answer):
     """Whether two SymPy objects are equal: terms exactly, lists element by element."""
     both = (gold, answer)
-    if None in both:
-        return False
     if all(isinstance(one, (sympy.Expr, sympy.MatrixBase)) for one in both):
         return exact(gold, answer)
     if all(isinstance(one, sympy.Eq) for one in both):
@@ -299,8 +288,6 @@ def equal(gold, answer):
         lists = [getattr(one, "_unsorted_args", one.args) for one in both]  # with what occurs twice
         counts = [[sum(equal(one, other) for other in side) for one in lists[0]] for side in lists]
         return len(lists[0]) == len(lists[1]) and counts[0] == counts[1]
-    if isinstance(answer, sympy.FiniteSet) and all(map(grader.is_relation, answer.args)):
-        answer = sympy.Union(*(part.as_set() for part in answer.args))  # x < 1 or x > 3
     return grader.sympy_expr_eq(gold, answer, 6, 15, allow_set_relation_comp=True)
 
 
@@ -322,6 +309,7 @@ EAGER = re.compile(  # what the parser does at once, or SymPy later
 def undone(expression, text):
     """The kinds of work that are left to the reader (LESSONS 34)."""
     kinds = set(EAGER.findall(text))
+    kinds |= expression.free_symbols if isinstance(expression, sympy.Expr) else set()
     for node in sympy.preorder_traversal(expression):
         if isinstance(node, (sympy.MatMul, sympy.MatAdd)):
             kinds.add(node.func)
@@ -329,13 +317,13 @@ def undone(expression, text):
             total = sympy.Add.make_args(sympy.Add(*(term.doit() for term in node.args)))
             if len(total) < len(node.args):
                 kinds.add("sum")  # 964 + 494, but not 1 + \sqrt{2}
-        elif isinstance(node, sympy.Mul):  # 2 \cdot 3, but not 2^6 \cdot 3^5, 6 \times 10^{-3}, 2\pi/3
+        elif isinstance(node, sympy.Mul):  # 2 \cdot 3, but not 2^6 \cdot 3^5, 6 \times 10^{-3}
             factors = [f.doit() for f in node.args if f.is_number and f not in (1, -1) and not (
                 f.is_Pow and f.base.is_Integer and f.exp.is_Integer and f.exp not in (0, 1))]
             product = sympy.Mul.make_args(sympy.Mul(*factors))
             if len(product) < len(factors) or sum(factor.is_Add for factor in factors) > 1:
                 kinds.add("product")
-        elif isinstance(node, sympy.Function) and not node.free_symbols:
+        elif isinstance(node, sympy.Function) and node.is_number and node.func != sympy.exp:
             kinds.add(node.func.__base__)  # \log_2 8, \sin 30; sine and cosine are of one kind
         elif isinstance(node, sympy.Union) and sympy.Union(*node.args) != node:
             kinds.add("union")  # [1, 3] \cup [2, 5]
@@ -351,10 +339,9 @@ def work():
         gold, answer, deadline = json.loads(line)
         # The trainer kills in time. If it is dead, this ends even C code: SIGALRM has no handler.
         signal.setitimer(signal.ITIMER_REAL, deadline + 1)
-        try:
-            verdict = judge(gold, answer) if len(answer) <= 2000 else "ungradable"
-        except Exception:  # what SymPy cannot compare earns nothing, and costs no worker
-            verdict = "ungradable"
+        verdict = "ungradable"
+        with contextlib.suppress(Exception):  # what SymPy cannot compare costs no worker
+            verdict = judge(gold, answer) if len(answer) <= 2000 else verdict
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(verdict, file=replies, flush=True)
 
