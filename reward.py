@@ -319,7 +319,7 @@ def undone(expression, text):
                 kinds.add("sum")  # 964 + 494, but not 1 + \sqrt{2}
         elif isinstance(node, sympy.Mul):  # 2 \cdot 3, but not 2^6 \cdot 3^5, 6 \times 10^{-3}
             factors = [f.doit() for f in node.args if f.is_number and f not in (1, -1) and not (
-                f.is_Pow and f.base.is_Integer and f.exp.is_Integer and f.exp not in (0, 1))]
+                f.is_Pow and f.base.doit().is_Integer and f.exp.is_Integer and f.exp not in (0, 1))]
             product = sympy.Mul.make_args(sympy.Mul(*factors))
             if len(product) < len(factors) or sum(factor.is_Add for factor in factors) > 1:
                 kinds.add("product")
