@@ -23,8 +23,8 @@ stage would learn anything. Hence, each in --work, and skipped where its result 
 No training question is asked twice in a run of default length, so accuracy *while training* is that
 of unseen problems and costs nothing: train.py's own evaluation is off.
 
-On one core of a laptop the warm start takes an hour and a run half of that. On a GPU add --jobs 8
---samples 4 --pool_questions 512: the runs share it, each is busy with launching small kernels.
+Of one laptop core the warm start takes an hour, a run one or two. On a GPU add --jobs 8 --samples 4
+--pool_questions 512: runs share it well, each being busy with launching small kernels.
 """
 
 import argparse
@@ -178,8 +178,8 @@ def warm_start(args, stories: list) -> None:
             bar.set_postfix(loss=f"{log[-1][0]:.3f}")
             bar.update()
             if time.monotonic() - last_saved > 600:
-                torch.save([log, model.state_dict(), optimizer.state_dict()], part)
-                part.replace(saved)
+                torch.save([log, model.state_dict(), optimizer.state_dict()], f"{saved}.part")
+                os.replace(f"{saved}.part", saved)
                 last_saved = time.monotonic()
         before += len(batches)
     bar.close()
