@@ -81,8 +81,8 @@ def baseline(tmp_path_factory):
     """(flags, folder) of one uninterrupted run on one rank: two benchmarks, answers and corrections."""
     folder = tmp_path_factory.mktemp("evaluation")
     problems = lines(ROOT / "toy" / "test.jsonl")
-    write(folder / "alpha.jsonl", problems[:20])
-    write(folder / "beta.jsonl", problems[20:26])
+    write(folder / "alpha.jsonl", problems[:14])
+    write(folder / "beta.jsonl", problems[14:18])
     flags = ["--benchmarks", folder / "alpha.jsonl", folder / "beta.jsonl", "--k", 3, "--temperature", 1,
              "--max_new_tokens", 200, "--self_correct"]
     evaluate.main([str(flag) for flag in (*flags, "--output", folder / "one")])
@@ -101,26 +101,26 @@ def test_two_ranks_and_narrow_passes_give_the_same_bytes(baseline, tmp_path, mon
         assert (tmp_path / name).read_bytes() == (one / name).read_bytes()
 
 
-@pytest.mark.parametrize("writes", [2, 4, 6])
-def test_killed_in_a_write_and_continued(baseline, tmp_path, monkeypatch, writes):
+def test_killed_in_two_writes_and_continued(baseline, tmp_path, monkeypatch):
     flags, one = baseline
     monkeypatch.setattr(evaluate, "PASS", 20)
-    replace, count = Path.replace, itertools.count()
+    replace, count = Path.replace, itertools.count(1)
 
     def killed(path, target):
-        if next(count) == writes:
+        if next(count) == 4:  # settings, two passes, and in the middle of the third
             path.write_text(path.read_text()[:-50])
             os.kill(os.getpid(), signal.SIGKILL)
         return replace(path, target)
 
-    flags = [*flags, "--output", tmp_path]
-    assert forked(*flags, before=lambda: setattr(Path, "replace", killed)) == [-signal.SIGKILL]
-    there = completions(tmp_path)
-    assert there and not (tmp_path / "summary.json").exists()
-    assert forked(*flags) == [0]
+    flags, sizes = [*flags, "--output", tmp_path], []
+    for _ in range(2):
+        assert forked(*flags, before=lambda: setattr(Path, "replace", killed)) == [-signal.SIGKILL]
+        there = completions(tmp_path)
+        assert all(completions(one)[name].startswith(begun) for name, begun in there.items())
+        sizes.append(sum(map(len, there.values())))
+        assert not (tmp_path / "summary.json").exists()
+    assert 0 < sizes[0] < sizes[1] and forked(*flags) == [0]
     assert completions(tmp_path) == completions(one)
-    for name, begun in there.items():  # what was there is still there, and was not drawn again
-        assert completions(one)[name].startswith(begun)
 
 
 def test_more_answers_draw_only_what_is_missing(baseline, run, tmp_path, monkeypatch):
@@ -133,14 +133,18 @@ def test_more_answers_draw_only_what_is_missing(baseline, run, tmp_path, monkeyp
         return sample_groups(engine, tokenizer, grader, tasks, numbers, **how)
 
     monkeypatch.setattr(evaluate, "sample_groups", counting)
+    answers_only = [*flags[:-1], "--output", tmp_path]
+    assert run(*answers_only, "--k", 1)[0] == 0
+    assert sorted(drawn) == [0] * 18
+    assert run(*answers_only)[0] == 0
     assert run(*flags, "--k", 1, "--output", tmp_path)[0] == 0
-    assert sorted(drawn) == [0] * 26
+    assert {row["sample"] for row in lines(tmp_path / "completions" / "alpha.corrections.jsonl")} == {0}
     assert run(*flags, "--output", tmp_path)[0] == 0
-    assert sorted(drawn) == [0] * 26 + [1] * 26 + [2] * 26
+    assert sorted(drawn) == [0] * 18 + [1] * 18 + [2] * 18
     assert completions(tmp_path) == completions(one)
     assert run(*flags, "--k", 1, "--output", tmp_path)[0] == 0  # a smaller k looks at fewer
-    assert json.loads((tmp_path / "summary.json").read_text())["alpha"]["samples"] == 20
-    assert len(drawn) == 78 and completions(tmp_path) == completions(one)
+    assert json.loads((tmp_path / "summary.json").read_text())["alpha"]["samples"] == 14
+    assert len(drawn) == 54 and completions(tmp_path) == completions(one)
 
 
 def test_the_same_command_grades_again_and_loads_no_model(baseline, run, tmp_path, monkeypatch):
@@ -156,43 +160,31 @@ def test_the_same_command_grades_again_and_loads_no_model(baseline, run, tmp_pat
     assert "- temperature: 1.0" in out and "PROBLEM" in out and out.strip()[:500] in (tmp_path / "table.md").read_text()
 
 
-def other_toy(tmp_path, change):
-    toy = shutil.copytree(ROOT / "toy", tmp_path / "toy")
-    change(toy)
-    return toy
-
-
-def test_other_settings_problems_weights_prompts_are_refused_by_name(baseline, run, tmp_path):
-    import safetensors.torch as st
-
-    def rescale(toy):
-        weights = {name: w * 1.001 for name, w in st.load_file(toy / "model.safetensors").items()}
-        st.save_file(weights, toy / "model.safetensors", metadata={"format": "pt"})
-
-    def date(toy):
-        config = json.loads((toy / "tokenizer_config.json").read_text())
-        config["chat_template"] = "On Monday: " + config["chat_template"]
-        (toy / "tokenizer_config.json").write_text(json.dumps(config))
-
+def test_other_settings_problems_weights_prompts_are_refused_by_name(baseline, run, tmp_path, monkeypatch):
     flags, one = baseline
     before = completions(one), (one / "graded.csv").read_bytes()
-    for name, change in {"seed": ["--seed", 1], "temperature": ["--temperature", 0.7], "top_p": ["--top_p", 1]}.items():
-        code, _, err = run(*flags, *change, "--output", one)
+
+    def refused(name, *change):
+        code, _, err = run(*flags, "--output", one, *change)
         assert code == 2 and f"another {name}" in one_error(err)
-    (tmp_path / "other").mkdir()
+
+    refused("seed", "--seed", 1)
+    refused("temperature", "--temperature", 0.7)
+    refused("max_new_tokens", "--max_new_tokens", 199)
     alpha = lines(one.parent / "alpha.jsonl")
-    write(tmp_path / "alpha.jsonl", [*alpha[:-1], alpha[-1] | {"answer": "5"}])
-    code, _, err = run(*flags, "--benchmarks", tmp_path / "alpha.jsonl", "--output", one)
-    assert code == 2 and "another problems of alpha" in one_error(err)
-    for part, name in ((rescale, "weights"), (date, "prompt")):
-        toy = other_toy(tmp_path, lambda toy: None)
-        out = tmp_path / name
-        own = ["--model", toy, "--benchmarks", one.parent / "beta.jsonl", "--k", 1, "--output", out]
-        assert run(*own)[0] == 0
-        part(toy)
-        code, _, err = run(*own)
-        assert code == 2 and f"another {name if name == 'weights' else 'weights'}" in one_error(err)
-        shutil.rmtree(toy)
+    changed = write(tmp_path / "alpha.jsonl", [*alpha[:-1], alpha[-1] | {"answer": "5"}])
+    refused("problems of alpha", "--benchmarks", changed)
+    monkeypatch.setattr(evaluate, "solution_prompt", "On Monday: {}".format)  # as a template with a date
+    refused("prompt")
+    monkeypatch.undo()
+    toy, out = shutil.copytree(ROOT / "toy", tmp_path / "toy"), tmp_path / "out"
+    own = ["--model", toy, "--benchmarks", changed, "--k", 1, "--max_new_tokens", 9, "--output", out]
+    assert run(*own)[0] == 0
+    weights = bytearray((toy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (toy / "model.safetensors").write_bytes(weights)
+    code, _, err = run(*own)
+    assert code == 2 and "another weights" in one_error(err)
     assert before == (completions(one), (one / "graded.csv").read_bytes())
 
 
@@ -227,14 +219,14 @@ def group(question, rewards, samples=None, corrects=None, problem="1+1"):
 def test_the_table_is_what_the_files_say(baseline):
     _, one = baseline
     rows = lines(one / "completions" / "alpha.jsonl")
-    assert [(r["question"], r["sample"]) for r in rows] == [(q, i) for i in range(3) for q in range(20)]
+    assert [(r["question"], r["sample"]) for r in rows] == [(q, i) for i in range(3) for q in range(14)]
     with Grader() as grader:
-        right = np.array(grader.grade([r["response"] for r in rows], [r["gold"] for r in rows])).reshape(3, 20)
+        right = np.array(grader.grade([r["response"] for r in rows], [r["gold"] for r in rows])).reshape(3, 14)
     summary = json.loads((one / "summary.json").read_text())
     figures = summary["alpha"]
-    assert (figures["questions"], figures["k"], figures["samples"]) == (20, 3, 60)
+    assert (figures["questions"], figures["k"], figures["samples"]) == (14, 3, 42)
     assert figures["avg@k"] == pytest.approx(100 * right.mean())
-    assert figures["SE"] == pytest.approx(100 * right.mean(0).std(ddof=1) / np.sqrt(20))
+    assert figures["SE"] == pytest.approx(100 * right.mean(0).std(ddof=1) / np.sqrt(14))
     assert figures["pass@k"] == pytest.approx(100 * right.any(0).mean())
     assert figures["tokens"] == pytest.approx(np.mean([r["tokens"] for r in rows]))
     assert summary["average"]["avg@k"] == pytest.approx((figures["avg@k"] + summary["beta"]["avg@k"]) / 2)
@@ -253,12 +245,12 @@ def test_the_table_is_what_the_files_say(baseline):
 @pytest.mark.parametrize("uneven", [False, True])
 def test_standard_error_over_questions_and_samples(uneven):
     rng, means, errors = np.random.default_rng(0), [], []
-    for _ in range(1500):  # each with new questions and new samples
-        p, n = rng.beta(0.7, 0.9, size=60), rng.integers(1, 9, size=60) if uneven else np.full(60, 4)
-        mean, error = evaluate.accuracy([group(q, rng.random(n[q]) < p[q]) for q in range(60)])
+    for _ in range(800):  # each with new questions and new samples
+        p, n = rng.beta(0.7, 0.9, size=40), rng.integers(1, 9, size=40) if uneven else np.full(40, 4)
+        mean, error = evaluate.accuracy([group(q, rng.random(n[q]) < p[q]) for q in range(40)])
         means.append(mean)
         errors.append(error)
-    assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std(means), rel=0.06)
+    assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std(means), rel=0.08)
     assert all(np.isnan(evaluate.accuracy([])))
     assert np.isnan(evaluate.accuracy([group(0, [1, 0])])[1])
 
@@ -295,6 +287,7 @@ def test_golds_are_right_and_near_misses_wrong(tmp_path):
     for name in evaluate.BENCHMARKS:
         golds = [row["answer"] for row in lines(BENCHMARKS / f"{name}.jsonl")]
         for change, least, most in ((str, 1, 1), (near_miss, 0, 0.005)):
+            golds = golds[::5] if change is near_miss and name == "gsm8k" else golds  # integers, all alike
             file = write(tmp_path / "answers.jsonl", [
                 {"question": q, "sample": 0, "gold": gold, "response": f"It is \\boxed{{{change(gold)}}}.", "solution": None}
                 for q, gold in enumerate(golds)])  # fmt: skip
@@ -373,10 +366,3 @@ def test_problems_that_do_not_fit_are_left_out_in_one_line(run, tmp_path):
     code, _, err = run("--benchmarks", file, "--k", 1, "--max_new_tokens", 20, "--output", tmp_path / "out")
     assert code == 0 and err.count("warning: own: 1 of 3 do not fit") == 1
     assert [row["question"] for row in lines(tmp_path / "out/completions/own.jsonl")] == [0, 2]
-
-
-def test_help_teaches_every_field(run):
-    code, out, _ = run("--help")
-    assert code == 0 and "2501.12948" in out
-    for name, field in evaluate.EvalConfig.__dataclass_fields__.items():
-        assert f"--{name}" in out and len(field.metadata["help"]) > 9
