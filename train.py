@@ -897,7 +897,7 @@ def set_up(run: Run) -> None:
     run.policy = DistributedDataParallel(policy, gradient_as_bucket_view=True, broadcast_buffers=False)
     run.pool = None
     if config.algorithm == "scrpo":
-        run.pool = ErrorPool(config.pool_trigger, config.min_variance, config.errors_per_question)
+        run.pool = ErrorPool(config.min_variance, config.errors_per_question)
 
 
 def settle(run: Run, held_out: list) -> None:
