@@ -115,8 +115,8 @@ def policy_loss(logp, old_logp, ref_logp, advantages, mask, *, clip_low, clip_hi
                 weights=None, denominator=None):  # fmt: skip
     """-J of Eq. 6 (stage 1) or Eq. 13 (stage 2): the same lines, only the mask differs.
 
-    logp                log pi_theta of the sampled tokens [S,T], which alone gets a gradient
-    old_logp, ref_logp  log pi_old, log pi_ref [S,T]; ref_logp is None only when beta = 0
+    logp                log pi_theta of the sampled tokens [S,T], with gradient
+    old_logp, ref_logp  log pi_old, into which none flows, log pi_ref or None, if beta = 0 [S,T]
     advantages, mask    Â [S]; what carries loss [S,T]: all of o_i, or in stage 2 m of Eq. 12
     weights             w of Eq. 14 [S,T], None for 1
     denominator         `step_denominator` of the whole step; None: these samples are all of it,
