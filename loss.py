@@ -270,7 +270,7 @@ def deal(lengths, ranks: int, budget: int) -> list[list[list[int]]]:
     >>> deal([40, 5, 5, 5, 4], ranks=2, budget=20)
     [[[0], [3, 4]], [[1, 2], []]]
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     hands: list[list[list[int]]] = [[] for _ in range(ranks)]
     for place, i in enumerate(order):
         lap, seat = divmod(place, ranks)

@@ -1,15 +1,14 @@
 """error_pool.py: Eqs. 7 to 10."""
 
+import itertools
 import json
 
 import oracle
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from error_pool import (
-    ErrorPool, WrongAnswer, after_thinking, correction_prompt, informative, next_stage,
-)  # fmt: skip
+from error_pool import ErrorPool, WrongAnswer, after_thinking, correction_prompt
+from error_pool import informative, next_stage
 
 settings.register_profile("repository", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("repository")
@@ -30,16 +29,16 @@ def test_informative_equals_the_oracle(rewards, tau):
 
 def test_thresholds_are_met_exactly():
     assert [k for k in range(9) if informative(k, 8, 0.15)] == [2, 3, 4, 5, 6]
-    assert [k for k in range(11) if informative(k, 10, 0.21)] == [3, 4, 5, 6, 7]  # not so in floats
+    assert [k for k in range(6) if informative(k, 5, 0.16)] == [1, 2, 3, 4]  # in binary 0.1600..3
+    assert informative(3, 40, 0.069375)  # 0.069375 * 1600 is 111.00000000000001 in floats
     assert [k for k in range(9) if informative(k, 8, 0.25)] == [4]
     assert [k for k in range(8) if informative(k, 7, 0.25)] == []  # odd groups never reach 1/4
     assert all(informative(k, 8, 0.0) for k in range(9))  # off: all-wrong groups qualify
     assert informative(1, 2, 1e-05)  # a tau that Python writes with an exponent
 
 
-@pytest.mark.parametrize("text", AFTER)
-def test_after_thinking(text):
-    assert after_thinking(text) == AFTER[text]
+def test_after_thinking():
+    assert {text: after_thinking(text) for text in AFTER} == AFTER
 
 
 samples = st.tuples(st.sampled_from(list(AFTER)), st.sampled_from([0.0, 1.0]), st.booleans())
@@ -74,11 +73,12 @@ def test_first_in_first_out_also_through_json(steps):
     assert pool.take(99) == waiting
 
 
-@given(st.integers(1, 2), st.integers(0, 40), st.integers(1, 20), st.integers(0, 20))
-def test_next_stage(stage, size, batch, more):
-    after = next_stage(stage, size, batch + more, batch)
-    assert after == (2 if size >= (batch + more if stage == 1 else batch) else 1)
-    assert next_stage(after, size, batch + more, batch) == after  # no flapping on one pool
+def test_next_stage():
+    for size, batch, more in itertools.product(range(10), range(1, 5), range(4)):
+        for stage, least in ((1, batch + more), (2, batch)):
+            after = next_stage(stage, size, batch + more, batch)
+            assert after == (2 if size >= least else 1)
+            assert next_stage(after, size, batch + more, batch) == after  # no flapping on one pool
 
 
 def test_the_correction_prompt_word_for_word():
