@@ -902,7 +902,7 @@ def set_up(run: Run) -> None:
     run.policy = DistributedDataParallel(Policy(run.model, temperature, chunk), **how)
     run.pool = None
     if config.algorithm == "scrpo":
-        run.pool = ErrorPool(config.pool_trigger, config.min_variance, config.errors_per_question)
+        run.pool = ErrorPool(config.min_variance, config.errors_per_question)
 
 
 def settle(run: Run, held_out: list) -> None:
