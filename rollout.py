@@ -336,8 +336,8 @@ class TransformersEngine:
         memory //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if model.device.type == "cuda":
             memory = torch.cuda.get_device_properties(model.device).total_memory
-        attending = [layer for layer in cache.layers if hasattr(layer, "keys")]  # others do not grow
-        token_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in attending)
+        growing = [layer for layer in cache.layers if hasattr(layer, "keys")]  # not linear ones
+        token_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in growing)
         self.cache_tokens = int(memory_share * memory / token_bytes)
 
     def wake(self) -> None:
