@@ -1,13 +1,11 @@
-"""What several test files need: training runs, in this process or under torchrun, and a look at what they wrote."""
+"""What several test files need: runs in this process, on several ranks or under torchrun, and a
+look at what they wrote."""
 
-import functools
 import io
 import json
 import os
 import re
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,25 +15,23 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 
 import reward
-from reward import Grader
 
 ROOT = Path(__file__).resolve().parents[1]
-RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-PATIENCE = 600  # seconds for a grading: runs are compared bit for bit, and a busy machine must not change a verdict
-FEW = Path(tempfile.mkdtemp(prefix="scrpo_tests_")) / "few.jsonl"  # 400 problems; 6,000 golds take seconds to check
-TINY = ["--train_data", FEW, *"--questions_per_step 8 --pool_trigger 8 --steps 6 --save_every 3".split(),
-        *"--eval_questions 0 --schedule constant --grader_workers 1".split()]  # fmt: skip
-
-
-@pytest.fixture(scope="session", autouse=True)
-def few():
-    FEW.write_text("".join((ROOT / "toy" / "train.jsonl").read_text().splitlines(keepends=True)[:400]))
-    yield
-    shutil.rmtree(FEW.parent)
+TOY = ROOT / "toy"
+PATIENCE = 600  # seconds for a verdict: a busy machine must not change one where runs are compared
+THREADS = int(os.environ.get("OMP_NUM_THREADS", 1))
+torch.set_num_threads(THREADS)
+ALONE = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+ALONE |= {"OMP_NUM_THREADS": str(THREADS), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+PIPES = dict(text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+# 400 problems, because each run renders all of them. Small steps that soon visit stage 2.
+FEW = Path(tempfile.mkdtemp(prefix="scrpo_tests_")) / "few.jsonl"
+FEW.write_text("".join((TOY / "train.jsonl").read_text().splitlines(keepends=True)[:400]))
+TINY = f"--train_data {FEW} --questions_per_step 4 --group_size 4 --pool_trigger 4 --steps 6 " \
+       "--save_every 3 --eval_questions 0 --schedule constant"  # fmt: skip
 
 
 @dataclass
@@ -58,6 +54,7 @@ class Result:
 
     @property
     def samples(self) -> list[dict]:
+        """All of them, at TINY's size: 16 a step."""
         return self.lines("samples.jsonl")
 
     @property
@@ -66,7 +63,7 @@ class Result:
 
     @property
     def errors(self) -> list[str]:
-        """What is said on standard error by the program itself, not by its progress bar or torchrun."""
+        """What the program says on standard error, not its progress bar or torchrun."""
         return re.findall(r"(?:error|warning): [^\r\n]*", self.err)
 
     def lines(self, name: str) -> list[dict]:
@@ -74,10 +71,8 @@ class Result:
 
     def comparable(self) -> list[dict]:
         """The metrics but for what the clock and the machine say."""
-        return [
-            {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second", "peak_memory_gb")}
-            for line in self.metrics
-        ]
+        machine = ("seconds", "tokens_per_second", "peak_memory_gb")
+        return [{k: v for k, v in line.items() if k not in machine} for line in self.metrics]
 
 
 def same_weights(a: dict, b: dict) -> bool:
@@ -85,66 +80,71 @@ def same_weights(a: dict, b: dict) -> bool:
 
 
 @pytest.fixture(scope="session")
-def launch():
-    """launch(folder, *flags) -> Result of train.main in this process, as one rank, with TINY's settings before
-    `flags`; `settings` may be a YAML file, which has to come first of all."""
+def patient():
+    """A grader for all runs of this process; a context that does not end it."""
+
+    class Patient(reward.Grader):
+        def __exit__(self, *exception):
+            pass
+
+    reward.START = PATIENCE
+    grader = Patient(workers=1, deadline=PATIENCE)
+    yield grader
+    grader.close()
+
+
+@pytest.fixture(scope="session")
+def launch(patient):
+    """launch(folder, *flags) -> Result of train.main in this process, as one rank, with TINY's
+    settings before `flags`; `settings` may be a YAML file, which has to come first of all."""
     import train
 
-    torch.set_num_threads(1)
-
-    def ended(code):  # `os._exit` would end the tests too
-        raise SystemExit(code)
-
-    def main(folder, *flags, tiny=True, settings=()) -> Result:
+    def run(folder, *flags, tiny=TINY, settings=()) -> Result:
         where = ["--output_dir", folder] if folder is not None else []
-        for name in RANK_VARIABLES:
-            os.environ.pop(name, None)
+        flags = [str(flag) for flag in (*settings, *tiny.split(), *where, *flags)]
         out, err, code = io.StringIO(), io.StringIO(), 0
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-            patch.setattr(os, "_exit", ended)
-            patch.setattr(reward, "START", PATIENCE)
-            patch.setattr(train, "Grader", functools.partial(Grader, deadline=PATIENCE))
+            patch.setattr(train, "Grader", lambda: patient)
+            for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+                patch.delenv(name, raising=False)
             try:
-                train.main([str(flag) for flag in (*settings, *TINY * tiny, *where, *flags)])
+                train.main(flags)
             except SystemExit as end:
                 code = end.code or 0
-            finally:
-                if dist.is_initialized():
-                    dist.destroy_process_group()
-                for name in RANK_VARIABLES:
-                    os.environ.pop(name, None)
-        return Result(code, out.getvalue(), err.getvalue(), Path(folder) if folder is not None else None)
+        return Result(code, out.getvalue(), err.getvalue(), folder and Path(folder))
 
-    return main
+    return run
 
 
-SERVER = (
-    f"PATIENCE = {PATIENCE}"
-    + """
-import functools, json, os, sys, traceback
-import matplotlib, reward, torch, train
+SERVER = """
+import json, os, sys, traceback
+import matplotlib.pyplot, reward, torch, train  # now, so that not each run has to
 
-matplotlib.use("Agg")
-import matplotlib.pyplot  # now, so that not each run has to
+class Marks:  # no worker processes: the toy's answers are whole numbers
+    __enter__, __exit__ = lambda self: self, lambda self, *exception: None
+    def verdicts(self, responses, golds):
+        answers = [reward.final_answer(response) or "-" for response in responses]
+        right = [a.isdigit() and int(a) == int(gold) for a, gold in zip(answers, golds)]
+        return ["right" if r else "wrong" for r in right]
 
-reward.START, train.Grader = PATIENCE, functools.partial(reward.Grader, deadline=PATIENCE)
-
+train.Grader = Marks
 for line in sys.stdin:
-    job, ranks, environment = json.loads(line), [], {}
-    if not job["port"]:  # the store is the parent's, as under torchrun, and outlives the ranks
-        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        environment = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    job, ranks = json.loads(line), []
+    # The store is the parent's, as under torchrun.
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for rank in range(job["ranks"]):
         ranks.append(os.fork())
         if ranks[-1] == 0:
             os.setsid()
             for stream, name in ((1, "out"), (2, "err")):
-                os.dup2(os.open(f"{job['log']}.{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+                log = os.open(f"{job['log']}.{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+                os.dup2(log, stream)
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["ranks"]),
-                              MASTER_ADDR="127.0.0.1", MASTER_PORT=job["port"] or str(store.port), **environment)
+                              MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port),
+                              TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
             code = 1
             try:
-                exec(job["patch"], {"train": train, "rank": rank, "os": os})
+                exec(job["patch"], {"train": train, "rank": rank, "os": os, "flags": job["flags"]})
                 train.main(job["flags"])
                 code = 0
             except SystemExit as end:
@@ -154,53 +154,44 @@ for line in sys.stdin:
             sys.stdout.flush(), sys.stderr.flush()
             os._exit(code)
     print(json.dumps(ranks), flush=True)
-    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]), flush=True)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]
+    print(json.dumps(codes), flush=True)
 """
-)
 
 
 class Ranks:
-    """A run on several ranks, each a process of its own: as torchrun's, without the seconds that importing takes.
+    """A run on several ranks, each a process in a session of its own: as torchrun's, without the
+    seconds that importing takes, for each is forked from a server that has imported everything.
 
-    A server imports everything once; each rank is forked from it, in a session of its own. `patch` is Python code that
-    each rank runs first, and that sees `train`, `os` and its `rank`: faults at a chosen place. With `agent` off, the
-    store that ranks meet at is rank 0's own.
+    `patch` is Python code that each rank runs first, and that sees `train`, `os`, `flags` and its
+    `rank`: faults at a chosen place.
     """
 
     server = None
 
-    def __init__(self, folder, *flags, ranks=2, patch="", tiny=True, agent=True):
+    def __init__(self, folder, *flags, ranks=2, patch="", tiny=TINY):
         if Ranks.server is None:
-            Ranks.server = subprocess.Popen(
-                [sys.executable, "-c", SERVER],
-                cwd=ROOT,
-                text=True,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env={k: v for k, v in os.environ.items() if k not in RANK_VARIABLES} | {"OMP_NUM_THREADS": "1"},
-            )
+            command = [sys.executable, "-c", SERVER]
+            Ranks.server = subprocess.Popen(command, cwd=ROOT, env=ALONE, **PIPES)
         self.folder, self.log, self.codes = Path(folder), f"{folder}.log", None
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = None if agent else str(free.getsockname()[1])
-        flags = [str(flag) for flag in (*TINY * tiny, "--output_dir", folder, *flags)]
-        job = {"ranks": ranks, "log": self.log, "port": port, "patch": patch, "flags": flags}
+        flags = [str(flag) for flag in (*tiny.split(), "--output_dir", folder, *flags)]
+        job = {"ranks": ranks, "log": self.log, "patch": patch, "flags": flags}
         print(json.dumps(job), file=self.server.stdin, flush=True)
         self.pids = json.loads(self.server.stdout.readline())
 
     def said(self, rank=0, stream="out") -> str:
         path = Path(f"{self.log}.{rank}.{stream}")
-        return path.read_text() if path.exists() else ""  # a rank that was forked a moment ago has not opened it yet
+        return path.read_text() if path.exists() else ""  # a moment after the fork it is not there
 
-    def kill(self, *ranks, sent=signal.SIGKILL) -> None:
-        """To these ranks, or to all; SIGKILL also to their graders, as when a machine goes down."""
-        for rank in ranks or range(len(self.pids)):
+    def kill(self) -> None:
+        for pid in self.pids:
             with suppress(ProcessLookupError):
-                os.killpg(self.pids[rank], sent) if sent == signal.SIGKILL else os.kill(self.pids[rank], sent)
+                os.kill(pid, signal.SIGKILL)
 
     def alive(self, rank) -> bool:
         with suppress(OSError):
-            return Path(f"/proc/{self.pids[rank]}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+            status = Path(f"/proc/{self.pids[rank]}/stat").read_text()
+            return status.rpartition(")")[2].split()[0] != "Z"
         return False
 
     def result(self) -> Result:
@@ -211,55 +202,32 @@ class Ranks:
 
 @pytest.fixture(scope="session")
 def ranks():
-    """ranks(folder, *flags, ranks=2, patch="") -> a running Ranks; wait for its result before the next one starts."""
+    """ranks(folder, *flags, ranks=2, patch="") -> a running Ranks, one at a time."""
     yield Ranks
     if Ranks.server:
         Ranks.server.stdin.close()
         Ranks.server.wait(60)
 
 
-class Torchrun(subprocess.Popen):
-    """`torchrun train.py` with TINY's settings, in a session of its own, to be killed with its children."""
-
-    def __init__(self, folder, *flags, ranks=2, script=None, elastic=(), tiny=True):
-        self.folder = Path(folder)
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        command = [*launcher, *elastic,
-                   script or ROOT / "train.py", *TINY * tiny, "--output_dir", folder, *flags]  # fmt: skip
-        environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
-        environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        super().__init__([str(part) for part in command], cwd=ROOT, text=True, start_new_session=True, env=environment,
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
-
-    def workers(self) -> list[int]:
-        """Process ids of the ranks that live, in rank order."""
-        found = []
-        for children in Path(f"/proc/{self.pid}/task").glob("*/children"):
-            found += [int(pid) for pid in children.read_text().split()]
-        return found
-
-    def kill_all(self) -> None:
-        """As when the machine goes down: torchrun, ranks and graders at once. Each rank has a session of its own."""
-        for group in (*self.workers(), self.pid):
-            with suppress(ProcessLookupError):
-                os.killpg(group, signal.SIGKILL)
-        self.communicate()
-
-    def result(self, timeout=240) -> Result:
-        out, err = self.communicate(timeout=timeout)
-        return Result(self.returncode, out, err, self.folder)
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture
 def torchrun():
-    """torchrun(folder, *flags, ranks=2) -> a running Torchrun; whatever is still alive at the end is killed."""
+    """torchrun(folder, *flags) -> a running torchrun, which ends at the latest here."""
     started = []
 
-    def start(*arguments, **options) -> Torchrun:
-        started.append(Torchrun(*arguments, **options))
+    def start(folder, *flags, nodes="--standalone --nproc_per_node=2", script=ROOT / "train.py"):
+        command = [sys.executable, "-m", "torch.distributed.run", *nodes.split(), script,
+                   *TINY.split(), "--output_dir", folder, *flags]  # fmt: skip
+        command, both = [str(part) for part in command], dict(stderr=subprocess.PIPE, **PIPES)
+        started.append(subprocess.Popen(command, cwd=ROOT, env=ALONE, **both))
         return started[-1]
 
     yield start
     for process in started:
-        if process.poll() is None:
-            process.kill_all()
+        process.terminate()
+        process.communicate(timeout=60)
+
+
+def children(pid) -> list[int]:
+    """The processes that this one has started and that live, oldest first."""
+    lists = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    return sorted(int(child) for of_thread in lists for child in of_thread)
