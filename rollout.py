@@ -6,7 +6,7 @@
 3. The trainer gets the sampled ids themselves (decoding and encoding again would not return them)
    and log mu of each, under the distribution that it was drawn from.
 
-TransformersEngine samples from the live model and runs anywhere; VLLMEngine is the fast one on a GPU.
+TransformersEngine samples from the live model and runs anywhere; VLLMEngine is for speed on a GPU.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ from transformers.modeling_utils import AttentionInterface
 from error_pool import after_thinking
 from reward import final_answer, find_correction
 
-# ---------------------------------------------------------------------------------------- problems
+# ----------------------------------------------------------------------------------------- problems
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Problem:
     source: str  # file and row, or what the row itself says
 
 
-# The first of these fields that a row has counts. So all of the paper's benchmarks can be read as the
-# hub has them, and for training MATH, DAPO-Math-17k and DeepScaleR.
+# The first of these fields that a row has counts. They cover the paper's benchmarks as the hub has
+# them, and for training MATH, DAPO-Math-17k and DeepScaleR.
 PROBLEM_FIELDS = ("problem", "question", "prompt")
 ANSWER_FIELDS = ("answer", "final_answer", "reward_model", "solution")
 
@@ -97,13 +97,13 @@ def read_rows(source: str):
 
 
 def read_field(row, names: tuple, read) -> str:
-    """The text of the first of these fields that the row has. ValueError says what is wrong with it.
+    """The text of the first of these fields that a row has; ValueError says what is wrong with it.
 
     >>> read_field({"question": "2+3?", "answer": "2 and 3.\\n#### 5"}, ANSWER_FIELDS, read_answer)
     '5'
     """
     if not isinstance(row, dict):
-        raise ValueError(f"a {type(row).__name__}, not an object with fields; write one object a row")
+        raise ValueError(f"a {type(row).__name__}, not an object with fields")
     name = next((name for name in names if row.get(name) is not None), None)
     if name is None:
         raise ValueError(f"give it a field {' or '.join(names)}; there are {list(row)}")
@@ -118,7 +118,7 @@ def read_field(row, names: tuple, read) -> str:
 
 
 def read_prompt(value) -> str:
-    """Text, or the last user turn of a chat, without the instruction that DAPO-Math-17k has in it."""
+    """Text, or the last user turn of a chat, without the instruction that DAPO-Math-17k adds."""
     if not isinstance(value, str):
         value = [turn["content"] for turn in value if turn["role"] == "user"][-1]
     wrapping = r"Solve the following math problem step by step\..*?\n\n(.*)\n\nRemember to put.*"
@@ -139,13 +139,13 @@ def read_answer(value) -> str:
     if isinstance(value, bool) or not isinstance(value, (str, int, float)) or value != value:
         raise TypeError(f"{value!r} is neither text nor a number")
     if isinstance(value, float):
-        value = format(Decimal(f"{value:.15g}"), "f")  # 15 digits are what a float holds of a decimal
+        value = format(Decimal(f"{value:.15g}"), "f")  # 15: the digits that a float holds
     text = str(value).rpartition("####")[2]  # GSM8K
     text = final_answer(text) if "\\boxed" in text else text  # MATH
     return re.sub(r"(?<!\\)\$", "", text)  # OlympiadBench
 
 
-# ------------------------------------------------------------------------------------------- prompts
+# ------------------------------------------------------------------------------------------ prompts
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
@@ -157,19 +157,20 @@ def solution_prompt(problem: str) -> str:
 
 @lru_cache(maxsize=4)
 def control_tokens(tokenizer) -> re.Pattern:
-    """Whatever a problem must not be able to write into a prompt: `<|im_end|>`, `</s>`, `<think>`."""
+    """What a problem must not be able to write into a prompt: `<|im_end|>`, `</s>`, `<think>`."""
     added = tokenizer.added_tokens_decoder.values()
-    names = [str(t) for t in added if t.special or re.fullmatch(r"<.+>", str(t))]
+    names = [str(t) for t in added if t.special or re.fullmatch(r"<\|.+\|>|</?think>", str(t))]
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")
 
 
 def render(tokenizer, user_text: str) -> list[int]:
-    """One user turn -> prompt ids, up to where the response begins. The template writes its own BOS.
+    """One user turn -> prompt ids, up to where the response begins. A template writes its own BOS.
 
-    A control token in the text is broken up by a space and so stays text. Raises ValueError, one line,
-    where the chat template fails or leaves the text out.
+    Control tokens in the text are left out. ValueError, one line, where the chat template fails or
+    leaves the text out.
     """
-    user_text = control_tokens(tokenizer).sub(lambda found: f"{found[0][0]} {found[0][1:]}", user_text)
+    while control_tokens(tokenizer).search(user_text):  # what is left may make up another one
+        user_text = control_tokens(tokenizer).sub("", user_text)
     if tokenizer.chat_template is None:
         return tokenizer(user_text + "\n").input_ids
     turn = [{"role": "user", "content": user_text}]
@@ -178,7 +179,7 @@ def render(tokenizer, user_text: str) -> list[int]:
     except Exception as error:  # a template is a program, and raises what it likes
         raise ValueError(f"the chat template of --model fails on a user turn: {error}") from None
     if user_text.strip() not in text:
-        raise ValueError("the chat template of --model leaves out what the user says; mend the template")
+        raise ValueError("the chat template of --model leaves out what the user says; mend it")
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
@@ -186,21 +187,21 @@ def fits(prompt: list[int], max_new_tokens: int, max_context: int) -> bool:
     return len(prompt) + max_new_tokens <= max_context
 
 
-def needed_context(longest_prompt: int, correction_words: int, max_new_tokens: int, limit: int) -> int:
+def needed_context(longest_prompt: int, words: int, max_new_tokens: int, limit: int) -> int:
     """Tokens of the longest sequence a run can meet, at most the model's `limit` [ours].
 
-    That is a correction: question, a whole wrong response, the correction prompt's own words, response.
+    That is a correction: question, wrong response, the correction prompt's own `words`, response.
 
-    >>> needed_context(longest_prompt=300, correction_words=80, max_new_tokens=1024, limit=32768)
+    >>> needed_context(longest_prompt=300, words=80, max_new_tokens=1024, limit=32768)
     2428
     """
-    return min(limit, longest_prompt + correction_words + 2 * max_new_tokens)
+    return min(limit, longest_prompt + words + 2 * max_new_tokens)
 
 
 def to_text(tokenizer, prompt: list[int], token_ids: list[int]) -> str:
-    """What the response says. Not `skip_special_tokens`: where `<think>` is one, graders would miss it.
+    """What the response says; R1-Distill's template ends the prompt with `<think>`: it is put back.
 
-    R1-Distill's template ends the prompt with `<think>`; it is put back in front.
+    Not `skip_special_tokens`: where `<think>` is a special token, graders would miss it.
     """
     prefilled = tokenizer.decode(prompt[-12:]).rstrip().endswith("<think>")
     silent = (tokenizer.eos_token_id, tokenizer.pad_token_id)
@@ -208,8 +209,8 @@ def to_text(tokenizer, prompt: list[int], token_ids: list[int]) -> str:
 
 
 def stop_ids(model, tokenizer) -> set[int]:
-    """The ids that end a response: the generation config's, the tokenizer's, and the template's own,
-    which in base models with a chat template is not the EOS."""
+    """The ids that end a response: the generation config's, the tokenizer's, and what the template
+    writes after an assistant's turn, which in base models is not the EOS."""
     of_model = model.generation_config.eos_token_id
     stops = {tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])}
     if tokenizer.chat_template is not None:
@@ -220,7 +221,7 @@ def stop_ids(model, tokenizer) -> set[int]:
     return stops - {None}
 
 
-# ---------------------------------------------------------------------------------------- randomness
+# --------------------------------------------------------------------------------------- randomness
 
 
 def sample_seed(run_seed: int, step: int, question: int, sample: int, corrects=None) -> int:
@@ -230,12 +231,12 @@ def sample_seed(run_seed: int, step: int, question: int, sample: int, corrects=N
     question  its place among the step's questions; in an evaluation its number in the file
     corrects  in an evaluation, which of the question's answers this is a correction of
 
-    A hash, not a sum: with run_seed + step, run 1 would begin with the samples of run 0's second step.
+    A hash, not a sum: with run_seed + step, run 1 would begin with run 0's second step.
     """
     if corrects is not None:
         question += 1_000_000_007 * (1 + corrects)
-    digest = hashlib.blake2b(f"{run_seed},{step},{question},{sample}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    place = f"{run_seed},{step},{question},{sample}".encode()
+    return int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "little") >> 1
 
 
 def uniforms(seeds: torch.Tensor, index: int) -> torch.Tensor:
@@ -255,14 +256,14 @@ def uniforms(seeds: torch.Tensor, index: int) -> torch.Tensor:
 
 
 def draw(logits, uniform, *, temperature: float, top_p: float, vocabulary: int):
-    """One id a row by inverse CDF: [R,V] logits and [R] uniforms -> [R] ids and [R] log mu (float32).
+    """One id a row by inverse CDF: [R,V] logits, [R] uniforms -> [R] ids and [R] log mu (float32).
 
-    mu = softmax(logits / T) over the tokenizer's `vocabulary` ids; an embedding padded beyond them has
-    rows that mean nothing. T = 0 takes the likeliest id, log mu is then at T = 1: both as in vLLM.
+    mu = softmax(logits / T) over the tokenizer's `vocabulary` ids: what an embedding has beyond
+    them means nothing. T = 0 takes the likeliest id, log mu is then at T = 1: both as in vLLM.
     """
     beyond = torch.arange(logits.shape[-1], device=logits.device) >= vocabulary
     logits = (logits.float() / (temperature or 1.0)).masked_fill(beyond, float("-inf"))
-    if top_p < 1:  # the smallest set of likeliest ids that holds top_p; for evaluation, it would bias Eq. 3
+    if top_p < 1:  # the fewest likeliest ids that hold top_p; in training it would bias Eq. 3
         ordered, ids = logits.sort(descending=True)
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
         logits = logits.scatter(-1, ids, ordered.masked_fill(before >= top_p, float("-inf")))
@@ -273,13 +274,13 @@ def draw(logits, uniform, *, temperature: float, top_p: float, vocabulary: int):
     if temperature > 0:
         ids = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True)
         ids = ids.clamp(max=logits.shape[-1] - 1)
-        # A parallel sum need not be monotone to the last bit: an id of no weight must not come of it.
+        # A parallel sum need not be monotone: an id of no weight must not come of it.
         ids = torch.where(weight.gather(-1, ids) > 0, ids, likeliest)
     logprobs = logits.gather(-1, ids) - top - mass[:, -1:].log().float()
     return ids[:, 0], logprobs[:, 0]
 
 
-# -------------------------------------------------------------------------------------- Transformers
+# ------------------------------------------------------------------------------------- Transformers
 
 
 def grouped_decode(module, query, key, value, attention_mask, scaling=None, **_):
@@ -335,7 +336,7 @@ class TransformersEngine:
 
     @torch.no_grad()  # not inference_mode: a rotary table kept from it could not be trained with
     def generate(self, prompts, n, *, temperature, top_p=1.0, max_new_tokens, seeds, progress=None):
-        """n samples of each prompt, [prompts][n]; seeds[b][i] is the seed of sample i of prompt b."""
+        """n samples of each prompt, [prompts][n]; seeds[b][i] is that of sample i of prompt b."""
         how = dict(temperature=temperature, top_p=top_p, vocabulary=len(self.tokenizer))
         samples = [[Sample([], [], "", False) for _ in range(n)] for _ in prompts]
         order = sorted(range(len(prompts)), key=lambda b: -len(prompts[b]))  # so little is padded
@@ -354,7 +355,7 @@ class TransformersEngine:
         return samples
 
     def decode(self, live: list, max_new_tokens: int, how: dict, progress) -> None:
-        """Fills the samples of `live`, rows of (prompt, seed, sample), a token of each at a time."""
+        """Fills the samples of `live`, rows of (prompt, seed, sample), a token each at a time."""
         device = self.model.device
         prompts = {id(prompt): prompt for prompt, _, _ in live}  # each goes through the model once
         width = len(live[0][0])
@@ -405,7 +406,7 @@ class TransformersEngine:
         return out.logits[:, -1], out.past_key_values
 
 
-# ---------------------------------------------------------------------------------------------- vLLM
+# --------------------------------------------------------------------------------------------- vLLM
 
 
 class VLLMEngine:
@@ -490,40 +491,47 @@ class VLLMEngine:
 
 
 def load_policy(source: str, dtype, device):
-    """(model in eval mode, tokenizer) from a folder or the hub. ValueError, one line, if it is no policy."""
+    """(model in eval mode, tokenizer) of a folder or hub id. ValueError, one line, if it is none."""
     if os.path.exists(os.path.join(source, "adapter_config.json")):
-        raise ValueError(f"--model {source} holds an adapter: merge it into its model (merge_and_unload)")
+        raise ValueError(f"--model {source} is an adapter: merge it into its model first")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device).eval()
     except Exception as error:  # OSError, ValueError, SafetensorError: loaders have no common class
-        raise ValueError(f"--model {source}: nothing that loads as a causal language model ({error})") from error
+        raise ValueError(f"--model {source}: not a causal language model ({error})") from error
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
-        raise ValueError(f"--model {source}: its tokenizer has {len(tokenizer)} ids, its embedding {rows} rows; "
-                         "resize_token_embeddings and train the new rows, or take the right tokenizer")
+        raise ValueError(f"--model {source}: its tokenizer has {len(tokenizer)} ids, its embedding {rows} "
+                         "rows; take the right tokenizer, or resize the embedding")  # fmt: skip
     return model, tokenizer
 
 
 def make_engine(kind: str, model, tokenizer, *, model_path, max_context, seed=0, memory_share=0.3):
-    """The engine `kind`: vllm, transformers, or auto, which is vLLM if it is installed and there is a GPU.
+    """The engine `kind`: vllm, transformers, or auto: vllm if it is installed and there is a GPU.
 
-    `model` is the live Hugging Face model, `model_path` where its checkpoint is. Raises ValueError,
-    one line, if the engine cannot be had.
+    `model` is the live Hugging Face model, `model_path` where its checkpoint is. ValueError, one
+    line, if the engine cannot be had.
     """
+    why = "as --rollout says"
     if kind == "auto":
-        kind = "vllm" if torch.cuda.is_available() and importlib.util.find_spec("vllm") else "transformers"
+        gpu, installed = torch.cuda.is_available(), importlib.util.find_spec("vllm")
+        kind = "vllm" if gpu and installed else "transformers"
+        why = "vLLM is installed" if installed else "vLLM is not installed"
+        why = why if gpu else "there is no GPU"
     options = dict(max_context=max_context, memory_share=memory_share)
-    if kind == "transformers":  # nothing here is random but by the seeds that generate() gets
-        return TransformersEngine(model, tokenizer, **options)
     try:
-        return VLLMEngine(model, tokenizer, model_path=model_path, seed=seed, **options)
+        if kind == "vllm":
+            engine = VLLMEngine(model, tokenizer, model_path=model_path, seed=seed, **options)
+        else:
+            engine = TransformersEngine(model, tokenizer, **options)
     except ImportError as problem:
         remedy = "install requirements-vllm.txt, or choose --rollout transformers"
         raise ValueError(f"--rollout vllm: {problem}; {remedy}") from problem
+    engine.why = why
+    return engine
 
 
-# -------------------------------------------------------------------------------------------- groups
+# ------------------------------------------------------------------------------------------- groups
 
 
 @dataclass
@@ -548,7 +556,7 @@ class Group(Task):
     """A task and its G samples, graded."""
 
     samples: list[Sample]
-    graded: list[str]  # what the reward looks at: the response; of a correction its solution, if any
+    graded: list[str]  # what the reward looks at: the response, or a correction's solution
     spans: list  # of corrections: (start, end) of the analysis in the tokens; None: not well-formed
     verdicts: list[str]  # "right", "wrong" or "ungradable"
 
@@ -570,13 +578,15 @@ def fitting(tasks: list[Task], max_new_tokens: int, max_context: int, source: st
     if tasks and not kept:
         raise ValueError(f"{source}: no prompt fits {room}; lower it, or raise --max_context")
     if len(kept) < len(tasks):
-        warn(f"{source}: {len(tasks) - len(kept)} of {len(tasks)} do not fit {room} and are left out")
+        warn(f"{source}: {len(tasks) - len(kept)} of {len(tasks)} do not fit {room}; left out")
     return kept
 
 
-def sample_groups(engine, tokenizer, grader, tasks, samples, *, seed, step=0, temperature, top_p=1.0,
-                  max_new_tokens, span=None) -> list[Group]:  # fmt: skip
-    """Samples number `samples`, a range, of each task, graded. Every rank returns all groups, in order.
+def sample_groups(
+    engine, tokenizer, grader, tasks, samples: range, *,
+    seed, step=0, temperature, top_p=1.0, max_new_tokens, span=None,
+) -> list[Group]:  # fmt: skip
+    """Samples number `samples`, a range, of each task, graded; every rank returns all, in order.
 
     span   None: the samples are answers (Eq. 1); "sections" or "prefix": corrections (Eqs. 11, 12)
     step   of training, 0 in an evaluation; with the run's `seed` it decides all randomness
@@ -603,7 +613,7 @@ def grade_groups(grader, tokenizer, tasks, drawn, span) -> list[Group]:
             closed = span and after_thinking(sample.text)
             found = find_correction(sample.token_ids, tokenizer, span) if closed else None  # Eq. 11
             group.spans.append(found and found[:2])
-            solution = found[2] if found else ""  # without both sections there is none, so it is wrong
+            solution = found[2] if found else ""  # without both sections it is wrong
             group.graded.append(solution if span else sample.text)
         groups.append(group)
     golds = [group.answer for group in groups for _ in group.samples]
@@ -613,7 +623,7 @@ def grade_groups(grader, tokenizer, tasks, drawn, span) -> list[Group]:
     return groups
 
 
-# ----------------------------------------------------------------------------------------- processes
+# ---------------------------------------------------------------------------------------- processes
 
 STARTS = count()
 
@@ -629,17 +639,18 @@ def start_distributed() -> tuple[int, int, torch.device]:
             stream.reconfigure(errors="backslashreplace")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    device = torch.device("cpu")
     if cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
         store, _, _ = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(f"start_{next(STARTS)}", store)  # it outlives the process group
     else:
         if int(os.environ.get("SLURM_NTASKS", 1)) > 1:
-            fail("srun starts several processes that know nothing of each other; launch one torchrun a node")
+            fail("srun alone starts runs that know nothing of each other; let it start torchrun")
         store = dist.HashStore()
-    # As long as the longest rollout; a rank that dies is noticed by torchrun, which ends the others.
+    # As long as the longest rollout; of a rank that dies torchrun learns, and ends the others.
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank,
                             world_size=world, timeout=timedelta(hours=24))  # fmt: skip
     gather([])  # nobody leaves with an error while others are still on their way
@@ -662,8 +673,9 @@ def warn(message, kind: str = "warning") -> None:
 
 
 def fail(message) -> None:
-    """One line from rank 0 and exit code 2, on all ranks: what is wrong must be wrong on each of them."""
+    """One line from rank 0, exit code 2 on all. What another rank alone finds, it says itself."""
     warn(message, "error")
     if os.environ.get("RANK", "0") != "0":
-        time.sleep(1)  # torchrun ends all with the first that ends: rank 0 speaks before that
+        time.sleep(3)  # torchrun ends all with the first that ends: rank 0 speaks before that
+        print(f"error: rank {os.environ['RANK']}: {message}", file=sys.stderr)
     raise SystemExit(2)

@@ -1,35 +1,35 @@
-"""ScRPO, Self-correction Relative Policy Optimization ("From Errors to Insights", arXiv 2511.06065).
+"""ScRPO, Self-correction Relative Policy Optimization ("From Errors to Insights", 2511.06065).
 
-    torchrun --standalone train.py                           # the embedded toy: a minute on 2 CPU cores
-    torchrun --standalone --nproc_per_node=2 train.py        # the same samples, shared by two ranks
-    torchrun --standalone train.py --algorithm grpo          # the baselines, by the same loop: grpo, dapo
-    torchrun --standalone train.py --output_dir runs/mine --resume      # starts it, or goes on
+    torchrun --standalone train.py                     # the embedded toy: a minute on 2 CPU cores
+    torchrun --standalone --nproc_per_node=2 train.py  # the same samples, shared by two ranks
+    torchrun --standalone train.py --algorithm grpo    # the baselines by the same loop: grpo, dapo
+    torchrun --standalone train.py --output_dir runs/mine --resume    # starts it, or goes on
     torchrun --standalone --nproc_per_node=8 train.py configs/r1_distill_1.5b_8gpu.yaml
 
 The algorithm (equation numbers are this project's; B questions a step, G samples each):
 
     E = {}; stage = 1
     for step in 1, 2, ...:
-        1. stage 1 -> 2 when |E| >= N, back when |E| < B                  Eq. 9   next_stage
-        2. stage 1: B questions, G responses each, reward R,              Eq. 1   trial_and_error
-           advantage Â relative to the group,                             Eq. 2
-           wrong responses to informative questions go to the pool E      Eqs. 7, 8
-        3. stage 2: the B oldest errors, G corrections each, reward R',   Eqs. 10, 11  self_correction
-           and m, so that only the analysis of a right one carries gradient   Eq. 12
-        4. optimizer steps on the clipped surrogate                       Eqs. 3-6, 13, 14  update
+        1. stage 1 -> 2 when |E| >= N, back when |E| < B               Eq. 9        next_stage
+        2. stage 1: B questions, G responses each, reward R,           Eq. 1        trial_and_error
+           advantage Â relative to the group,                          Eq. 2
+           wrong responses to informative questions go to the pool E   Eqs. 7, 8
+        3. stage 2: the B oldest errors, G corrections each,           Eq. 10       self_correction
+           reward R', and m: only the analysis of a right one counts   Eqs. 11, 12
+        4. optimizer steps on the clipped surrogate                    Eqs. 3-6, 13, 14      update
 
 How it stays simple at any size:
 
-1. Every rank samples and grades its own questions, then one gather gives all groups to all ranks. From
-   there on all but the forward passes is the same pure computation on every rank: the pool, the
-   denominators, who trains on what. No rank is special in the algorithm.
-2. All randomness is a function of (seed, step, question, sample), never of a generator's history. So
-   batches and restarts change nothing, and a checkpoint needs no random state.
-3. Loss tokens are counted over the whole optimizer step before the first micro-batch; sums are divided
-   by that count and multiplied by the number of ranks, because DDP averages. Not a mean per
+1. Every rank samples and grades its own questions, then one gather gives all groups to all ranks.
+   From there on all but the forward passes is the same pure computation on every rank: the pool,
+   the denominators, who trains on what. No rank is special in the algorithm.
+2. All randomness is a function of (seed, step, question, sample), never of a generator's history.
+   So batches and restarts change nothing, and a checkpoint needs no random state.
+3. Loss tokens are counted over the whole optimizer step before the first micro-batch; sums are
+   divided by that count and multiplied by the number of ranks, because DDP averages. Not a mean per
    micro-batch: it would weigh tokens by the company they happen to be in.
-4. Weights are kept in fp32, also where bf16 computes: at lr 1e-6 an update is smaller than half a bf16
-   step, and most of it would be rounded away.
+4. Weights are kept in fp32, also where bf16 computes: at lr 1e-6 an update is smaller than half a
+   bf16 step, and most of it would be rounded away.
 
 Left out on purpose: tensor parallelism, off-policy rollouts, a reward model, a second correction.
 """
@@ -68,21 +68,21 @@ from transformers.utils.logging import disable_progress_bar
 from error_pool import ErrorPool, correction_prompt, informative, next_stage
 from evaluate import accuracy, correction_tasks
 from loss import (
-    analysis_mask, carries_gradient, deal, group_advantages, importance_weights, overlong_punishment,
-    policy_loss, step_denominator, token_logprobs,
+    analysis_mask, carries_gradient, deal, group_advantages, importance_weights,
+    overlong_punishment, policy_loss, step_denominator, token_logprobs,
 )  # fmt: skip
 from reward import Grader
 from rollout import (
-    Group, Task, ask, fail, fits, fitting, gather, load_policy, load_problems, make_engine, needed_context,
-    render, sample_groups, solution_prompt, start_distributed, warn,
+    Group, Task, ask, fail, fits, fitting, gather, load_policy, load_problems, make_engine,
+    needed_context, render, sample_groups, start_distributed, warn,
 )  # fmt: skip
 
 HERE = Path(__file__).resolve().parent
 disable_progress_bar()  # of Hugging Face's loading and saving
-warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # its successor is not in torch 2.11
+warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # newer torch has a successor
 
 
-# ======================================================================================= 1. settings
+# ====================================================================================== 1. settings
 
 
 def flag(default, text: str):
@@ -91,8 +91,8 @@ def flag(default, text: str):
 
 @dataclass
 class Config:
-    """ScRPO on one or many GPUs, or on a CPU. Without a flag: the embedded toy. A YAML file of these
-    names may come first; flags after it win."""
+    """ScRPO on one or many GPUs, or on a CPU. Without a flag: the embedded toy. A YAML file of
+    these names may come first; flags after it win."""
 
     # What is trained, on what
     model: str = flag(str(HERE / "toy"), "folder or hub id of a Hugging Face causal language model")
@@ -102,16 +102,16 @@ class Config:
     resume: bool = flag(False, "go on from the newest whole checkpoint in output_dir, or start")
     seed: int = flag(0, "all randomness is a function of (seed, step, question, sample)")
     # The algorithm
-    algorithm: Literal["scrpo", "grpo", "dapo"] = flag("scrpo", "grpo, dapo: baselines, stage 1 only")
+    algorithm: Literal["scrpo", "grpo", "dapo"] = flag("scrpo", "grpo, dapo: baselines")
     steps: int = flag(60, "rollouts, each with its updates, in either stage (TRL: max_steps)")
-    questions_per_step: int = flag(32, "B, over all ranks (TRL: generation_batch_size / num_generations)")
+    questions_per_step: int = flag(32, "B, over all ranks (TRL: generation_batch_size / G)")
     group_size: int = flag(8, "G, samples a question (TRL: num_generations)")
-    max_new_tokens: int = flag(160, "longest response; dr_grpo's L_max (TRL: max_completion_length)")
+    max_new_tokens: int = flag(160, "longest response, also L_max (TRL: max_completion_length)")
     temperature: float = flag(1.0, "of sampling and of every log-probability (TRL: temperature)")
     updates_per_rollout: int = flag(2, "optimizer steps of a rollout (TRL: steps_per_generation)")
     scale: Literal["std", "none"] = flag("std", "Eq. 2; none: Dr. GRPO (TRL: scale_rewards)")
     clip_low: float = flag(0.2, "Eq. 5's lower clip; 0.2 is usual with GRPO (TRL: epsilon)")
-    clip_high: Optional[float] = flag(None, "upper clip; default 0.2, dapo 0.28 (TRL: epsilon_high)")
+    clip_high: Optional[float] = flag(None, "default 0.2, dapo 0.28 (TRL: epsilon_high)")
     beta: float = flag(0.0, "Eq. 5's KL weight; DeepSeekMath 0.04, R1 0.001, DAPO 0 (TRL: beta)")
     reduction: Optional[Literal["grpo", "dapo", "dr_grpo"]] = flag(
         None, "Eq. 6; default: dapo with --algorithm dapo, else grpo (TRL: loss_type)"
@@ -126,16 +126,16 @@ class Config:
     train_stages: Literal["both", "1", "2"] = flag("both", "ablation; both are sampled anyway")
     success_conditioned: bool = flag(True, "Eq. 12; off (ablation): failed ones carry their Â too")
     credit: Literal["analysis", "response"] = flag("analysis", "Eq. 12; response: all (ablation)")
-    analysis_span: Literal["sections", "prefix"] = flag("sections", "prefix: all before the solution")
+    analysis_span: Literal["sections", "prefix"] = flag("sections", "prefix: all before it too")
     # DAPO's own
     dynamic_sampling: Optional[int] = flag(None, "rounds of drawing anew; default 1, dapo 4 [ours]")
-    overlong_cache: Optional[int] = flag(None, "C of Eq. 15; default 0: off, dapo max_new_tokens / 5")
+    overlong_cache: Optional[int] = flag(None, "C of Eq. 15; default 0, dapo max_new_tokens / 5")
     # Optimizer
     learning_rate: float = flag(5e-4, "5e-4: the toy's; usual for 1.5B: 1e-6 (TRL: learning_rate)")
-    schedule: Literal["constant", "cosine"] = flag("cosine", "after warm-up (TRL: lr_scheduler_type)")
+    schedule: Literal["constant", "cosine"] = flag("cosine", "of the rate (TRL: lr_scheduler_type)")
     warmup_steps: int = flag(0, "steps of linear warm-up; DAPO 20 (TRL: warmup_steps)")
     weight_decay: float = flag(0.0, "AdamW's, on matrices only (TRL: weight_decay)")
-    max_grad_norm: float = flag(1.0, "global norm to which gradients are clipped (TRL: max_grad_norm)")
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm (TRL: max_grad_norm)")
     # Machine
     rollout: Literal["auto", "vllm", "transformers"] = flag("auto", "the engine (TRL: use_vllm)")
     precision: Literal["auto", "fp32", "bf16"] = flag("auto", "auto: bf16 on a GPU (TRL: bf16)")
@@ -143,7 +143,7 @@ class Config:
         None, "padded, of a forward pass; default: by model size (TRL: per_device_train_batch_size)"
     )
     logprob_chunk: int = flag(1024, "positions whose logits exist at the same time")
-    gradient_checkpointing: bool = flag(False, "recompute activations (TRL: gradient_checkpointing)")
+    gradient_checkpointing: bool = flag(False, "recompute activations (TRL: the same)")
     max_context: Optional[int] = flag(
         None, "of prompt + response; default: what the run needs (TRL: vllm_max_model_length)"
     )
@@ -205,10 +205,10 @@ def check(config: Config) -> None:
     if c.temperature == 0:
         raise ValueError("--temperature 0: training samples, so it must be above 0")
     if c.resume and not c.output_dir:
-        raise ValueError("--resume goes on in --output_dir, which is missing: name the run's folder")
+        raise ValueError("--resume goes on in --output_dir, which is missing: name it")
     if scrpo and c.pool_trigger < B:
         raise ValueError(f"--pool_trigger {c.pool_trigger} is less than --questions_per_step {B}: "
-                         "stage 2 would end before it began; raise the one or lower the other")  # fmt: skip
+                         "stage 2 would end before it began; raise it")  # fmt: skip
     if scrpo and (c.min_variance > 0.25 or not informative(G // 2, G, c.min_variance)):
         raise ValueError(f"--min_variance {c.min_variance}: the rewards of --group_size {G} cannot "
                          "vary so much, and nothing would be informative; lower it")  # fmt: skip
@@ -221,7 +221,7 @@ def check(config: Config) -> None:
         raise ValueError(f"--overlong_cache {c.overlong_cache} exceeds --max_new_tokens; lower it")
 
 
-# ================================================================================== 2. the algorithm
+# ================================================================================= 2. the algorithm
 
 
 @dataclass
@@ -259,7 +259,8 @@ def train(run) -> None:
         if switched and state.stage == 2:
             show_correction(run, groups, examples)
         if config.train_stages in ("both", str(state.stage)):
-            metrics |= update(run.policy, run.reference, run.optimizer, config, step, groups, examples)
+            trained = (run.policy, run.reference, run.optimizer)
+            metrics |= update(*trained, config, step, groups, examples)  # Eqs. 3 to 6, 13, 14
             run.seconds["update"] = time.perf_counter() - started - run.seconds["rollout"]
         state.step = step
         if step == config.steps or (config.eval_every and step % config.eval_every == 0):
@@ -281,20 +282,19 @@ def trial_and_error(run, step: int) -> tuple[list[Group], list["Example"], dict]
     groups, discarded = draw_questions(run, step)
     rewards = torch.tensor([group.rewards for group in groups])  # Eq. 1 [B,G]
     lengths = torch.tensor([[len(s.token_ids) for s in g.samples] for g in groups])  # |o_i| [B,G]
-    shaped = rewards
-    if config.overlong_cache:  # Eq. 15
-        shaped = rewards + overlong_punishment(lengths, config.max_new_tokens, config.overlong_cache)
+    longest, cache = config.max_new_tokens, config.overlong_cache
+    shaped = rewards + overlong_punishment(lengths, longest, cache) if cache else rewards  # Eq. 15
     advantages = group_advantages(shaped, config.scale)  # Eq. 2
     for g in groups if run.pool is not None else ():
         responses, finished = [s.text for s in g.samples], [s.finished for s in g.samples]
         run.pool.add(g.problem, g.answer, responses, g.rewards, finished)  # Eqs. 7, 8
-    masks = [[torch.ones(n, dtype=torch.bool) for n in row] for row in lengths.tolist()]  # every token
+    masks = [[torch.ones(n, dtype=torch.bool) for n in row] for row in lengths.tolist()]
     examples = make_examples(groups, advantages, masks, lengths.tolist())
     return groups, examples, {"accuracy": rewards.mean().item(), "discarded_groups": discarded}
 
 
 def self_correction(run, step: int) -> tuple[list[Group], list["Example"], dict]:
-    """Stage 2: B errors -> x' (Eq. 10) -> G corrections each -> R' (Eq. 11) -> Â' (Eq. 2), m (Eq. 12)."""
+    """Stage 2: B errors -> x' (Eq. 10) -> G corrections each -> R' (Eq. 11) -> Â', m (Eq. 12)."""
     config, tasks = run.config, []
     while len(tasks) < config.questions_per_step and len(run.pool):
         (error,) = run.pool.take(1)
@@ -317,7 +317,8 @@ def self_correction(run, step: int) -> tuple[list[Group], list["Example"], dict]
         counted.append([end - start for start, end in (span or (0, 0) for span in spans)])
     examples = make_examples(groups, advantages, masks, counted)
     well_formed = np.mean([span is not None for g in groups for span in g.spans]).item()
-    return groups, examples, {"correction_success": rewards.mean().item(), "well_formed": well_formed}
+    success = rewards.mean().item()
+    return groups, examples, {"correction_success": success, "well_formed": well_formed}
 
 
 def draw_questions(run, step: int) -> tuple[list[Group], int]:
@@ -351,7 +352,8 @@ def question_order(seed: int, count: int, start: int, n: int) -> list[int]:
     >>> question_order(seed=0, count=5, start=3, n=4) == order[3:7]   # any part can be asked for
     True
     """
-    return [int(shuffled(seed, place // count, count)[place % count]) for place in range(start, start + n)]
+    places = range(start, start + n)
+    return [int(shuffled(seed, place // count, count)[place % count]) for place in places]
 
 
 @lru_cache(maxsize=2)
@@ -363,8 +365,8 @@ def draw_samples(run, step: int, tasks: list[Task], span: Optional[str] = None) 
     """G graded samples of each task at the run's settings; every rank gets all groups."""
     config = run.config
     groups = sample_groups(
-        run.engine, run.tokenizer, run.grader, tasks, range(config.group_size), seed=config.seed, step=step,
-        temperature=config.temperature, max_new_tokens=config.max_new_tokens, span=span,
+        run.engine, run.tokenizer, run.grader, tasks, range(config.group_size), seed=config.seed,
+        step=step, temperature=config.temperature, max_new_tokens=config.max_new_tokens, span=span,
     )  # fmt: skip
     run.state.samples += sum(len(g.samples) for g in groups)
     run.state.tokens += sum(len(s.token_ids) for g in groups for s in g.samples)
@@ -381,13 +383,14 @@ def switch_stage(run) -> bool:
     config, state, before = run.config, run.state, run.state.stage
     if run.pool is None:
         return False
-    state.stage = next_stage(before, len(run.pool), config.pool_trigger, config.questions_per_step)  # Eq. 9
+    N, B = config.pool_trigger, config.questions_per_step
+    state.stage = next_stage(before, len(run.pool), N, B)  # Eq. 9
     if before < state.stage:
         state.visits, state.visit_loss_tokens, state.visit_well_formed = state.visits + 1, 0, 0.0
     if before > state.stage and not state.visit_loss_tokens and config.train_stages != "1":
         reason = "none was right where another was wrong"
         if not state.visit_well_formed:
-            reason = "none had the headers `Analysis:` and `Corrected Solution:`; a warm start may help"
+            reason = "none had both headers, `Analysis:` and `Corrected Solution:`"
         warn(f"visit {state.visits} to stage 2 trained on nothing: of its corrections {reason}")
     return before != state.stage
 
@@ -401,12 +404,12 @@ def evaluate_policy(run) -> dict:
     if not run.eval_tasks:
         return {}
     push_weights(run)
-    with_engine = (run.engine, run.tokenizer, run.grader)
-    how = dict(seed=config.seed, temperature=config.temperature, max_new_tokens=config.max_new_tokens)
-    answers = sample_groups(*with_engine, run.eval_tasks, range(1), **how)
+    by, longest = (run.engine, run.tokenizer, run.grader), config.max_new_tokens
+    how = dict(seed=config.seed, temperature=config.temperature, max_new_tokens=longest)
+    answers = sample_groups(*by, run.eval_tasks, range(1), **how)
     wrong = [group for group in answers if group.verdicts != ["right"]]
-    tasks = correction_tasks(run.tokenizer, wrong, config.max_new_tokens, run.engine.max_context)
-    corrections = sample_groups(*with_engine, tasks, range(1), span=config.analysis_span, **how)
+    tasks = correction_tasks(run.tokenizer, wrong, longest, run.engine.max_context)
+    corrections = sample_groups(*by, tasks, range(1), span=config.analysis_span, **how)
     run.engine.sleep()
     run.seconds["evaluation"] = time.perf_counter() - started
     (right, right_se), (corrected, corrected_se) = accuracy(answers), accuracy(corrections)
@@ -414,7 +417,7 @@ def evaluate_policy(run) -> dict:
             "eval_correction": corrected, "eval_correction_se": corrected_se}  # fmt: skip
 
 
-# ====================================================================================== 3. the update
+# ==================================================================================== 3. the update
 
 
 @dataclass
@@ -476,14 +479,14 @@ def collate(examples: list[Example], device) -> SimpleNamespace:
 
 
 def update(policy, reference, optimizer, config: Config, step: int, groups, examples) -> dict:
-    """Ascends J_1 (Eq. 6) or J_2 (Eq. 13) in `updates_per_rollout` optimizer steps; their metrics."""
+    """Ascends J_1 (Eq. 6) or J_2 (Eq. 13) in `updates_per_rollout` optimizer steps."""
     updates, world, totals = config.updates_per_rollout, dist.get_world_size(), Counter()
     device, minibatches = next(policy.parameters()).device, []
     for u in range(updates):
         # Cut by group before anything is skipped, so that what is skipped changes no denominator.
         part = [e for e in examples if e.group * updates // len(groups) == u]
-        counted = [e.counted for e in part]
-        denominator = step_denominator(counted, config.reduction, config.max_new_tokens)  # Eqs. 6, 13
+        counted, longest = [e.counted for e in part], config.max_new_tokens
+        denominator = step_denominator(counted, config.reduction, longest)  # Eqs. 6, 13
         part = [e for e in part if carries_gradient(int(e.mask.sum()), e.advantage, config.beta)]
         mine = deal([len(e.ids) for e in part], world, config.micro_batch_tokens)[dist.get_rank()]
         batches = [collate([part[i] for i in batch], device) if batch else None for batch in mine]
@@ -504,7 +507,7 @@ def update(policy, reference, optimizer, config: Config, step: int, groups, exam
             local = i < len(batches) - 1 and not optimizer.bf16
             with policy.no_sync() if local else nullcontext():
                 loss = batch_loss(policy, reference, config, batch, denominator, totals)
-                (loss * world).backward()  # DDP averages over ranks, the denominator is of all of them
+                (loss * world).backward()  # DDP averages over ranks; the denominator is of all
             optimizer.accumulate()
         norm = optimizer.step(learning_rate(config, step))
         finite = math.isfinite(norm)
@@ -514,8 +517,8 @@ def update(policy, reference, optimizer, config: Config, step: int, groups, exam
 
 
 def batch_loss(policy, reference, config: Config, batch, denominator: float, totals: Counter):
-    """This micro-batch's part of -J; its part of the step's statistics goes into `totals`, as sums."""
-    if batch is None:  # no sample left for this rank, but DDP waits for a gradient of every parameter
+    """This micro-batch's part of -J; its part of the step's statistics is added to `totals`."""
+    if batch is None:  # nothing left for this rank, but DDP waits for a gradient of every parameter
         nothing = torch.zeros(1, 2, dtype=torch.long, device=next(policy.parameters()).device)
         return policy(nothing, nothing + 1, nothing[0, :1] + 1)[0].sum() * 0.0
     logp, entropy = policy(batch.ids, batch.attention, batch.first)  # [S,T]
@@ -553,7 +556,8 @@ def average(mine: Counter, ranks: list[Counter], beta: float) -> dict:
         "loss": total["loss"] / updates if updates else None,
         "grad_norm": mine["norm"] / updates if updates else None,
         "loss_tokens": int(n or 0), "clip_fraction": mean("clipped"), "entropy": mean("entropy"),
-        "kl": mean("kl") if beta else None, "capped_fraction": mean("capped"), "logp_gap": mean("gap"),
+        "kl": mean("kl") if beta else None, "capped_fraction": mean("capped"),
+        "logp_gap": mean("gap"),
         "logp_gap_max": max(rank["gap_max"] for rank in ranks) if n else None,
         "empty_updates": mine["empty_updates"], "nonfinite_updates": mine["nonfinite_updates"],
     }  # fmt: skip
@@ -569,11 +573,11 @@ def learning_rate(config: Config, step: int) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
 
 
-# ================================================================================= 4. fp32 masters
+# ================================================================================== 4. fp32 masters
 
 
 class MasterAdamW:
-    """AdamW on fp32 masters. Each parameter's master and moments live on one rank, which broadcasts it.
+    """AdamW on fp32 masters. A parameter's master and moments live on one rank, which publishes it.
 
     With bf16 compute on W ranks and P parameters this is 2P + 2P + 16P/W bytes a rank (weights,
     gradients; master, gradient sum, two moments). With fp32 compute the parameters are their own
@@ -584,7 +588,8 @@ class MasterAdamW:
         self.bf16, self.max_norm, self.skipped_in_a_row = dtype != torch.float32, max_norm, 0
         self.params = [p for p in model.parameters() if p.requires_grad]
         load, self.owner = [0] * dist.get_world_size(), {}
-        for i in sorted(range(len(self.params)), key=lambda i: -self.params[i].numel()):  # largest first
+        largest_first = sorted(range(len(self.params)), key=lambda i: -self.params[i].numel())
+        for i in largest_first:
             self.owner[i] = load.index(min(load))
             load[self.owner[i]] += self.params[i].numel()
         # From the weights as they were stored, before they are rounded to bf16.
@@ -601,8 +606,8 @@ class MasterAdamW:
 
     @torch.no_grad()
     def accumulate(self) -> None:
-        """bf16: adds the synchronised gradients to fp32 sums, since many small bf16 additions lose most
-        of what is added. fp32: the gradients add up where they are."""
+        """bf16: adds the averaged gradients to fp32 sums, as many bf16 additions lose most of what
+        is added. fp32: the gradients add up where they are."""
         if self.bf16:
             for i, master in self.masters.items():
                 grad = self.params[i].grad
@@ -614,7 +619,7 @@ class MasterAdamW:
     def step(self, rate: float) -> float:
         """Clips by the global norm, steps, publishes. Returns the norm before clipping.
 
-        A norm that is not finite takes no step: one NaN in the weights is a NaN in every later step.
+        A norm that is not finite takes no step: one NaN in the weights is NaN for ever.
         """
         grads = [m.grad for m in self.masters.values()]
         square = torch.nn.utils.get_total_norm(grads).square()
@@ -643,7 +648,8 @@ class MasterAdamW:
 
     def state_dict(self) -> dict:
         masters = {i: m.detach() for i, m in self.masters.items()}
-        return {"masters": masters, "adam": self.adam.state_dict(), "skipped": self.skipped_in_a_row}
+        adam, skipped = self.adam.state_dict(), self.skipped_in_a_row
+        return {"masters": masters, "adam": adam, "skipped": skipped}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
@@ -654,7 +660,7 @@ class MasterAdamW:
         self.publish()
 
 
-# =================================================================================== 5. what one sees
+# ================================================================================= 5. what one sees
 
 
 def log(run, metrics: dict, groups: list[Group]) -> None:
@@ -699,11 +705,11 @@ def watch(run, metrics: dict, groups: list[Group]) -> None:
     state, gap = run.state, metrics.get("logp_gap")
     limit = 0.05 if run.optimizer.bf16 else 0.002  # healthy: 0.01 to 0.02 in bf16, 1e-5 in fp32
     if gap is not None and gap > limit:
-        warn(f"step {state.step}: engine and trainer disagree by {gap:.3g} in log p on average, more than "
-             f"{limit}: the engine has stale weights, or computes something else")  # fmt: skip
+        warn(f"step {state.step}: engine and trainer disagree by {gap:.3g} in log p on average, "
+             f"more than {limit}: the engine has stale weights, or computes something else")  # fmt: skip
     if run.optimizer.skipped_in_a_row >= 3:
-        fail(f"step {state.step}, stage {state.stage}: three gradients in a row were not finite; none of "
-             "them was used. Lower --learning_rate, and look at samples.jsonl")  # fmt: skip
+        fail(f"step {state.step}, stage {state.stage}: three gradients in a row were not finite, "
+             "none was used; lower --learning_rate, and look at samples.jsonl")  # fmt: skip
     if state.stage == 2:
         state.visit_loss_tokens += metrics.get("loss_tokens", 0)
         state.visit_well_formed += metrics["well_formed"] or 0
@@ -712,11 +718,11 @@ def watch(run, metrics: dict, groups: list[Group]) -> None:
     state.all_cut_off = 0 if finished else state.all_cut_off + 1
     state.all_wrong = 0 if metrics["accuracy"] else state.all_wrong + 1
     if state.all_cut_off == 4:
-        warn("four steps in a row every response was cut off: raise --max_new_tokens, or teach the model "
-             "to end its turn")  # fmt: skip
+        warn("four steps in a row every response was cut off: raise --max_new_tokens, or teach the "
+             "model to end its turn")  # fmt: skip
     elif state.all_wrong == 4:
-        warn("four steps in a row every response was wrong: usually nothing is boxed, or --train_data's "
-             "answers are not what its problems ask for, or these are too hard; see samples.jsonl")  # fmt: skip
+        warn("four steps in a row every response was wrong: see samples.jsonl; usually nothing is "
+             "boxed, the problems are too hard, or --train_data has other answers")  # fmt: skip
 
 
 def progress(run, metrics: dict) -> str:
@@ -736,7 +742,7 @@ def show_correction(run, groups: list[Group], examples: list[Example]) -> None:
     ids = group.prompt + group.samples[e.sample].token_ids
     prompt, start, end = len(group.prompt), e.first, len(e.ids)
     run.say(
-        f"\n--- stage 2, visit {run.state.visits}: a prompt and one correction, Â' = {e.advantage:.2f}; "
+        f"\n--- stage 2, visit {run.state.visits}: a prompt and a correction, Â' {e.advantage:.2f}; "
         f"what carries gradient stands between {on} and {off}\n{decode(ids[:prompt])}\n---\n"
         f"{decode(ids[prompt:start])}{on}{decode(ids[start:end])}{off}{decode(ids[end:])}\n---"
     )
@@ -749,19 +755,20 @@ def summary(run) -> None:
     lines = [json.loads(line) for line in open(run.output / "metrics.jsonl")]
     measured = [line for line in lines if line.get("eval_accuracy") is not None]
     run.say(f"\n{'held-out problems':<28}{'before':>16}{'after':>16}")
-    for name, key in (("answered right", "eval_accuracy"), ("own errors corrected", "eval_correction")):
+    shown = {"eval_accuracy": "answered right", "eval_correction": "own errors corrected"}
+    for key, name in shown.items():
         cells = ["-" if line[key] is None else f"{line[key]:.3f} ± {line[f'{key}_se'] or 0:.3f}"
                  for line in measured[:1] + measured[-1:]]  # fmt: skip
         run.say(f"{name:<28}" + "".join(f"{cell:>16}" for cell in cells))
     spent = sum((Counter(line["seconds"]) for line in lines), Counter())
-    run.say("seconds: " + ", ".join(f"{part} {seconds:.0f}" for part, seconds in spent.most_common()))
-    run.say(f"{run.state.samples:,} samples, {run.state.tokens:,} tokens, {run.state.visits} visits to stage 2")
+    parts = ", ".join(f"{part} {seconds:.0f} s" for part, seconds in spent.most_common())
+    run.say(f"{run.state.samples:,} samples, {run.state.visits} visits to stage 2; {parts}")
     plot(lines, run.output / "curves.png")
-    run.say(f"written: {run.output}/ (metrics.jsonl, samples.jsonl, curves.png, checkpoints/, final/)")
+    run.say(f"written: {run.output}/ (metrics, samples, curves.png, checkpoints/, final/)")
 
 
 def plot(lines: list[dict], path: Path) -> None:
-    """curves.png: accuracy, correction success and pool size over steps, visits to stage 2 shaded."""
+    """curves.png: accuracy, correction success and pool size over steps, stage 2 shaded."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 6), layout="constrained")
@@ -775,17 +782,16 @@ def plot(lines: list[dict], path: Path) -> None:
     ):
         points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
         axis.plot([x for x, _ in points], [y for _, y in points], style, color=color, label=label)
-    for line in lines:
-        if line.get("stage") == 2:
-            for axis in (above, below):
-                axis.axvspan(line["step"] - 0.5, line["step"] + 0.5, color="tab:green", alpha=0.12, lw=0)
+    for step in (line["step"] for line in lines if line.get("stage") == 2):
+        for axis in (above, below):
+            axis.axvspan(step - 0.5, step + 0.5, color="tab:green", alpha=0.12, lw=0)
     above.set(ylim=(0, 1), ylabel="share")
     above.legend(loc="lower right", fontsize="small")
     below.set(ylabel="error pool", xlabel="step (shaded: stage 2)")
     figure.savefig(path, dpi=120)
 
 
-# ==================================================================================== 6. checkpoints
+# =================================================================================== 6. checkpoints
 
 
 def save_checkpoint(run) -> None:
@@ -795,8 +801,8 @@ def save_checkpoint(run) -> None:
     part.mkdir(parents=True, exist_ok=True)
     logs = {name: (run.output / name).stat().st_size for name in ("metrics.jsonl", "samples.jsonl")}
     pool = run.pool.state_dict() if run.pool is not None else None
-    state, optimizer = asdict(run.state), run.optimizer.state_dict()
-    torch.save({"state": state, "pool": pool, "optimizer": optimizer, "logs": logs}, part / f"rank_{run.rank}.pt")
+    saved = {"state": asdict(run.state), "pool": pool, "logs": logs}
+    torch.save(saved | {"optimizer": run.optimizer.state_dict()}, part / f"rank_{run.rank}.pt")
     gather([])  # all shards are written
     if run.rank == 0:
         shutil.rmtree(folder, ignore_errors=True)  # one that was found damaged
@@ -806,7 +812,7 @@ def save_checkpoint(run) -> None:
 
 
 def load_checkpoint(run) -> bool:
-    """Loads the newest step that is whole on every rank, and cuts the logs to it. False: there is none."""
+    """Loads the newest step that is whole on every rank, cuts the logs to it. False: none is."""
     saved = {"logs": {"metrics.jsonl": 0, "samples.jsonl": 0}}
     for folder in sorted((run.output / "checkpoints").glob("step_*[0-9]"), reverse=True):
         file = folder / f"rank_{run.rank}.pt"
@@ -843,7 +849,7 @@ def save_final(run) -> None:
         part.rename(final)
 
 
-# ========================================================================================== 7. start
+# ========================================================================================= 7. start
 
 
 class Run:
@@ -864,7 +870,7 @@ class Run:
 
 
 def set_up(run: Run) -> None:
-    """Builds everything, on all ranks together. ValueError or OSError, one line, for what is wrong."""
+    """Builds everything, on all ranks together. ValueError or OSError, one line, if it cannot."""
     config = run.config
     run.problems, held_out = load_problems(config.train_data), load_problems(config.eval_data)
     run.model, run.tokenizer = load_policy(config.model, "auto", run.device)
@@ -877,24 +883,24 @@ def set_up(run: Run) -> None:
     claim_output(run)
     bf16 = config.precision == "bf16" or (config.precision == "auto" and run.device.type == "cuda")
     dtype = torch.bfloat16 if bf16 else torch.float32
-    how = dict(weight_decay=config.weight_decay, max_norm=config.max_grad_norm)
-    run.optimizer = MasterAdamW(run.model, dtype, **how)
+    decay, norm = config.weight_decay, config.max_grad_norm
+    run.optimizer = MasterAdamW(run.model, dtype, weight_decay=decay, max_norm=norm)
     check_logprobs(run)
-    run.reference = None  # pi_ref is only loaded where beta > 0
-    if config.beta:
+    temperature, chunk, run.reference = config.temperature, config.logprob_chunk, None
+    if config.beta:  # else pi_ref is not even loaded
         reference, _ = load_policy(config.model, dtype, run.device)
-        run.reference = Policy(reference.requires_grad_(False), config.temperature, config.logprob_chunk)
+        run.reference = Policy(reference.requires_grad_(False), temperature, chunk)
     if config.gradient_checkpointing:
-        run.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        run.model.gradient_checkpointing_enable({"use_reentrant": False})
         run.model.train()
     run.grader = Grader()
     run.engine = make_engine(
         config.rollout, run.model, run.tokenizer, model_path=config.model, seed=config.seed,
         max_context=config.max_context, memory_share=config.memory_share,
     )  # fmt: skip
-    # No buffers to broadcast: that is a collective in each forward, and ranks differ in their number.
-    policy = Policy(run.model, config.temperature, config.logprob_chunk)
-    run.policy = DistributedDataParallel(policy, gradient_as_bucket_view=True, broadcast_buffers=False)
+    # No buffers to broadcast: a collective in each forward pass, and ranks differ in their number.
+    how = dict(gradient_as_bucket_view=True, broadcast_buffers=False)
+    run.policy = DistributedDataParallel(Policy(run.model, temperature, chunk), **how)
     run.pool = None
     if config.algorithm == "scrpo":
         run.pool = ErrorPool(config.pool_trigger, config.min_variance, config.errors_per_question)
@@ -921,47 +927,49 @@ def settle(run: Run, held_out: list) -> None:
 
 
 def check_logprobs(run: Run) -> None:
-    """ValueError for a model whose logits are not its head's: scaled or capped (Granite, NanoChat)."""
+    """ValueError for a model whose logits are not its head's, but scaled or capped (Granite)."""
     ids = torch.tensor([run.first_prompt], device=run.device)
     with torch.no_grad():
         ours, _ = token_logprobs(run.model, ids, torch.ones_like(ids), ids.new_ones(1))
         theirs = run.model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
     gap = (ours[0] - theirs.gather(-1, ids[0, 1:, None])[:, 0]).abs().mean().item()
     if not gap < 0.05:
-        raise ValueError(f"--model {run.config.model} scales or caps its logits: its log-probabilities are "
-                         f"{gap:.2g} off those of its head, which is all that loss.py knows")  # fmt: skip
+        raise ValueError(f"--model {run.config.model} scales or caps its logits: its log p is {gap:.2g} "
+                         "off that of its head alone, which is what loss.py computes")  # fmt: skip
 
 
 def claim_output(run: Run) -> None:
     """Finds or makes the output folder; ValueError for one that is not ours to write into."""
     config, problem = run.config, None
     if config.output_dir is None:
-        numbers = [int(folder.name) for folder in (HERE / "runs").glob("*") if folder.name.isdigit()]
-        (config.output_dir, *_) = gather([str(HERE / "runs" / f"{max(numbers, default=0) + 1:03d}")])
+        numbers = [int(f.name) for f in (HERE / "runs").glob("*") if f.name.isdigit()]
+        fresh = HERE / "runs" / f"{max(numbers, default=0) + 1:03d}"
+        config.output_dir = gather([str(fresh)])[0]
     run.output = Path(config.output_dir)
     # By content, not by name: a file may change behind its path, a template may write today's date.
-    digest = hashlib.sha256(repr([(p.problem, p.answer) for p in run.problems]).encode()).hexdigest()
-    settings = asdict(config) | {"ranks": run.world, "problems": digest, "first_prompt": run.first_prompt}
+    problems = repr([(p.problem, p.answer) for p in run.problems]).encode()
+    settings = asdict(config) | {"ranks": run.world, "first_prompt": run.first_prompt}
+    settings["problems"] = hashlib.sha256(problems).hexdigest()
     if run.rank == 0:
         problem = claim(run, settings)
-    (problem, *_) = gather([problem])
+    problem = gather([problem])[0]
     if problem:
         raise ValueError(f"--output_dir {run.output}: {problem}")
 
 
 def claim(run: Run, settings: dict) -> Optional[str]:
     """Rank 0's part: locks the folder and writes settings.json, or says why not."""
-    config, path, free = run.config, run.output / "settings.json", FREE
-    if config.schedule == "cosine":
+    path, free = run.output / "settings.json", FREE
+    if run.config.schedule == "cosine":
         free = FREE - {"steps"}
-    begun = (run.output / "metrics.jsonl").exists() or (run.output / "checkpoints").exists()
-    if begun and not config.resume:
-        return "holds a run already; add --resume to go on, or name another folder"
-    if begun:
+    if (run.output / "metrics.jsonl").exists() or (run.output / "checkpoints").exists():
+        if not run.config.resume:
+            return "holds a run already; add --resume to go on, or name another folder"
         saved = json.loads(path.read_text()) if path.exists() else {}
         for name in settings.keys() - free:
             if saved.get(name) != settings[name]:
-                return f"--resume with another {name}, {settings[name]!r:.80} where {saved.get(name)!r:.80} was"
+                there, here = (f"{value!r:.80}" for value in (saved.get(name), settings[name]))
+                return f"began with {name} {there}, not {here}; put it back, or name another folder"
     run.output.mkdir(parents=True, exist_ok=True)
     # Held until this process ends: torchrun's workers outlive a torchrun that was killed.
     run.lock = os.open(run.output, os.O_RDONLY)
@@ -974,20 +982,19 @@ def claim(run: Run, settings: dict) -> Optional[str]:
 
 def introduce(run: Run, resumed: bool) -> None:
     """What is about to happen, and the first rendered prompt."""
-    config, state, million = run.config, run.state, sum(p.numel() for p in run.model.parameters()) / 1e6
+    config, size = run.config, sum(p.numel() for p in run.model.parameters()) / 1e6
     compute = "bf16" if run.optimizer.bf16 else "fp32"
     run.say(
-        f"{config.algorithm}: {config.model} ({million:.1f} M parameters, {compute}) on {run.world} x "
-        f"{run.device.type}, {len(run.problems):,} questions; {config.steps} steps of "
-        f"{config.questions_per_step} x {config.group_size} samples\n{run.engine.name} engine (--rollout "
-        f"{config.rollout}), contexts of {config.max_context} tokens, micro-batches of "
-        f"{config.micro_batch_tokens}; writing to {run.output}\n"
+        f"{config.algorithm}: {config.model} ({size:.1f} M parameters, {compute}) on {run.world} x "
+        f"{run.device.type}, {len(run.problems):,} questions, {config.steps} steps\n"
+        f"{run.engine.name} engine ({run.engine.why}), contexts of {config.max_context} "
+        f"tokens, micro-batches of {config.micro_batch_tokens}; writing to {run.output}\n"
         f"--- the first prompt\n{run.tokenizer.decode(run.first_prompt)}\n---"
     )
     if resumed:
-        run.say(f"resumed after step {state.step}, in stage {state.stage}")
-    if million > 100 and config.learning_rate > 2e-5:
-        warn(f"--learning_rate {config.learning_rate} suits the toy; models of this size usually get 1e-6")
+        run.say(f"resumed after step {run.state.step}, in stage {run.state.stage}")
+    if size > 100 and config.learning_rate > 2e-5:
+        warn(f"--learning_rate {config.learning_rate} suits the toy; this size usually gets 1e-6")
 
 
 @errors.record  # a rank that breaks leaves its traceback to torchrun
