@@ -890,14 +890,14 @@ def set_up(run: Run) -> None:
     if config.beta:  # else pi_ref is not even loaded
         reference, _ = load_policy(config.model, dtype, run.device)
         run.reference = Policy(reference.requires_grad_(False), temperature, chunk)
-    if config.gradient_checkpointing:
-        run.model.gradient_checkpointing_enable({"use_reentrant": False})
-        run.model.train()
     run.grader = Grader()
     run.engine = make_engine(
         config.rollout, run.model, run.tokenizer, model_path=config.model, seed=config.seed,
         max_context=config.max_context, memory_share=config.memory_share,
     )  # fmt: skip
+    if config.gradient_checkpointing:  # after the engine, which looks at a cache
+        run.model.gradient_checkpointing_enable({"use_reentrant": False})
+        run.model.train()
     # No buffers to broadcast: a collective in each forward pass, and ranks differ in their number.
     how = dict(gradient_as_bucket_view=True, broadcast_buffers=False)
     run.policy = DistributedDataParallel(Policy(run.model, temperature, chunk), **how)

@@ -154,8 +154,13 @@ for line in sys.stdin:
             sys.stdout.flush(), sys.stderr.flush()
             os._exit(code)
     print(json.dumps(ranks), flush=True)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]
-    print(json.dumps(codes), flush=True)
+    codes = {}
+    while len(codes) < len(ranks):
+        pid, status = os.wait()
+        codes[pid] = os.waitstatus_to_exitcode(status)
+        for other in set(ranks) - set(codes) if codes[pid] else ():
+            os.kill(other, 15)  # torchrun ends all when one fails
+    print(json.dumps([codes[pid] for pid in ranks]), flush=True)
 """
 
 
@@ -197,7 +202,8 @@ class Ranks:
     def result(self) -> Result:
         """Waits for all ranks; `codes` has their exit codes, negative for a signal."""
         self.codes = self.codes or json.loads(self.server.stdout.readline())
-        return Result(max(self.codes, key=abs), self.said(0), self.said(0, "err"), self.folder)
+        code = next((code for code in self.codes if code), 0)
+        return Result(code, self.said(0), self.said(0, "err"), self.folder)
 
 
 @pytest.fixture(scope="session")
