@@ -269,9 +269,12 @@ def train(run) -> None:
         watch(run, metrics, groups)
         bar.set_postfix_str(progress(run, metrics))
         bar.update()
-        # SIGTERM may reach the ranks in different steps. `|=`: it may come during the gather too.
-        run.stop |= any(gather([run.stop]))
-        if step == config.steps or run.stop or step % config.save_every == 0:
+        due = step == config.steps or step % config.save_every == 0
+        if due:
+            save_checkpoint(run)
+        # Decided together: a signal may reach the ranks in different steps.
+        run.stop = any(gather([run.signalled]))
+        if run.stop and not due:
             save_checkpoint(run)
     bar.close()
 
@@ -858,11 +861,11 @@ class Run:
     def __init__(self, config: Config, rank: int, world: int, device: torch.device):
         self.config, self.rank, self.world, self.device = config, rank, world, device
         self.state, self.seconds = State(), Counter()
-        self.stop, self.exit_code, self.lock = False, 0, None
+        self.signalled, self.stop, self.exit_code, self.lock = False, False, 0, None
 
     def interrupt(self, number: int, _) -> None:
         """SIGTERM or Ctrl-C: the step is finished, saved, and the run left."""
-        self.stop, self.exit_code = True, 130 if number == signal.SIGINT else 0
+        self.signalled, self.exit_code = True, 130 if number == signal.SIGINT else 0
 
     def say(self, text: str) -> None:
         if self.rank == 0:
