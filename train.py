@@ -1022,8 +1022,10 @@ def main(arguments: Optional[list[str]] = None) -> None:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        if run is not None and run.lock is not None:
-            os.close(run.lock)
+        if run is not None:
+            run.policy = None  # DDP must not be what ends the process group: that can deadlock
+            if run.lock is not None:
+                os.close(run.lock)
         dist.destroy_process_group()
     if run.exit_code:
         sys.exit(run.exit_code)

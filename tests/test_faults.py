@@ -9,11 +9,13 @@ import re
 import shutil
 import signal
 import time
+import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import FEW, TOY, children, same_weights
+from torch.nn.parallel import DistributedDataParallel
 
 import train
 from rollout import TransformersEngine
@@ -340,6 +342,22 @@ train.gather = signalled
     run = checked(ranks(copied(half_pair, tmp_path / "run"), *FLAGS, 7, "--resume", patch=patch))
     assert "stopped by a signal after step 6" in run.out
     assert_same(checked(ranks(run.folder, *FLAGS, 6, "--resume")), pair)
+
+
+def test_ddp_is_gone_before_the_process_group(launch, tmp_path, monkeypatch):
+    """Else its destructor ends the group, with Python's lock held, for which gloo's thread may wait:
+    of 150 runs on 2 ranks one hung at its end."""
+    wrapped, destroy, left = [], train.dist.destroy_process_group, []
+
+    def wrap(*arguments, **keywords):
+        made = DistributedDataParallel(*arguments, **keywords)
+        wrapped.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(train, "DistributedDataParallel", wrap)
+    monkeypatch.setattr(train.dist, "destroy_process_group", lambda: (left.append(wrapped[0]()), destroy()))
+    assert launch(tmp_path / "run", *"--steps 1 --algorithm grpo".split()).code == 0
+    assert left == [None]
 
 
 # --------------------------------------------------------------------------------------------- NaNs
