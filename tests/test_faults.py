@@ -153,7 +153,7 @@ def test_a_run_of_others_is_not_touched(half, launch, tmp_path):
     assert "began with problems " in refused("--resume")
     shutil.copy(FEW, data)
     template = model / "tokenizer_config.json"  # may write today's date
-    template.write_text(template.read_text().replace("<|user|>'", "<|user|>Today. '"))
+    template.write_text(template.read_text().replace("{{ m.content", "Today: {{ m.content"))
     assert "began with first_prompt " in refused("--resume")
     shutil.copy(TOY / template.name, template)
     settings = tmp_path / "run" / "settings.json"
