@@ -1,5 +1,4 @@
-"""What several test files need: runs in this process, on several ranks or under torchrun, and a
-look at what they wrote."""
+"""Training runs, in this process, on several ranks or under torchrun, and a look at them."""
 
 import io
 import json
@@ -22,16 +21,16 @@ import reward
 ROOT = Path(__file__).resolve().parents[1]
 TOY = ROOT / "toy"
 PATIENCE = 600  # seconds for a verdict: a busy machine must not change one where runs are compared
-THREADS = int(os.environ.get("OMP_NUM_THREADS", 1))
-torch.set_num_threads(THREADS)
-ALONE = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-ALONE |= {"OMP_NUM_THREADS": str(THREADS), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-PIPES = dict(text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+THREADS = os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(THREADS))
+RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+ALONE = {name: value for name, value in os.environ.items() if name not in RANK}
+ALONE["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
 # 400 problems, because each run renders all of them. Small steps that soon visit stage 2.
 FEW = Path(tempfile.mkdtemp(prefix="scrpo_tests_")) / "few.jsonl"
 FEW.write_text("".join((TOY / "train.jsonl").read_text().splitlines(keepends=True)[:400]))
-TINY = f"--train_data {FEW} --questions_per_step 4 --group_size 4 --pool_trigger 4 --steps 6 " \
-       "--save_every 3 --eval_questions 0 --schedule constant"  # fmt: skip
+TINY = (f"--train_data {FEW} --questions_per_step 4 --group_size 4 --pool_trigger 4 --steps 6 "
+        "--save_every 3 --eval_questions 0 --schedule constant").split()  # fmt: skip
 
 
 @dataclass
@@ -42,6 +41,9 @@ class Result:
     out: str
     err: str
     folder: Path
+
+    def lines(self, name: str) -> list[dict]:
+        return [json.loads(line) for line in (self.folder / name).read_text().splitlines()]
 
     @property
     def metrics(self) -> list[dict]:
@@ -54,7 +56,7 @@ class Result:
 
     @property
     def samples(self) -> list[dict]:
-        """All of them, at TINY's size: 16 a step."""
+        """All of them, at TINY's size."""
         return self.lines("samples.jsonl")
 
     @property
@@ -66,9 +68,6 @@ class Result:
         """What the program says on standard error, not its progress bar or torchrun."""
         return re.findall(r"(?:error|warning): [^\r\n]*", self.err)
 
-    def lines(self, name: str) -> list[dict]:
-        return [json.loads(line) for line in (self.folder / name).read_text().splitlines()]
-
     def comparable(self) -> list[dict]:
         """The metrics but for what the clock and the machine say."""
         machine = ("seconds", "tokens_per_second", "peak_memory_gb")
@@ -79,41 +78,35 @@ def same_weights(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.fixture(scope="session")
-def patient():
-    """A grader for all runs of this process; a context that does not end it."""
+class Patient(reward.Grader):
+    """One for all runs of this process: a context that does not end it."""
 
-    class Patient(reward.Grader):
-        def __exit__(self, *exception):
-            pass
-
-    reward.START = PATIENCE
-    grader = Patient(workers=1, deadline=PATIENCE)
-    yield grader
-    grader.close()
+    def __exit__(self, *exception):
+        pass
 
 
 @pytest.fixture(scope="session")
-def launch(patient):
-    """launch(folder, *flags) -> Result of train.main in this process, as one rank, with TINY's
-    settings before `flags`; `settings` may be a YAML file, which has to come first of all."""
+def launch():
+    """launch(folder, *flags) -> Result of train.main in this process, as one rank."""
     import train
 
-    def run(folder, *flags, tiny=TINY, settings=()) -> Result:
+    reward.START, grader = PATIENCE, Patient(workers=1, deadline=PATIENCE)
+
+    def run(folder, *flags, first=TINY) -> Result:
         where = ["--output_dir", folder] if folder is not None else []
-        flags = [str(flag) for flag in (*settings, *tiny.split(), *where, *flags)]
         out, err, code = io.StringIO(), io.StringIO(), 0
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-            patch.setattr(train, "Grader", lambda: patient)
-            for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            patch.setattr(train, "Grader", lambda: grader)
+            for name in RANK:
                 patch.delenv(name, raising=False)
             try:
-                train.main(flags)
+                train.main([str(flag) for flag in (*first, *where, *flags)])
             except SystemExit as end:
                 code = end.code or 0
-        return Result(code, out.getvalue(), err.getvalue(), folder and Path(folder))
+        return Result(code, out.getvalue(), err.getvalue(), folder)
 
-    return run
+    yield run
+    grader.close()
 
 
 SERVER = """
@@ -129,19 +122,18 @@ class Marks:  # no worker processes: the toy's answers are whole numbers
 
 train.Grader = Marks
 for line in sys.stdin:
-    job, ranks = json.loads(line), []
+    job, pids, codes = json.loads(line), [], {}
     # The store is the parent's, as under torchrun.
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for rank in range(job["ranks"]):
-        ranks.append(os.fork())
-        if ranks[-1] == 0:
-            os.setsid()
+        pids.append(os.fork())
+        if pids[-1] == 0:
             for stream, name in ((1, "out"), (2, "err")):
-                log = os.open(f"{job['log']}.{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-                os.dup2(log, stream)
+                os.dup2(os.open(f"{job['log']}.{rank}.{name}", os.O_WRONLY | os.O_CREAT), stream)
+                os.ftruncate(stream, 0)
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["ranks"]),
                               MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port),
-                              TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
+                              TORCHELASTIC_USE_AGENT_STORE="True")
             code = 1
             try:
                 exec(job["patch"], {"train": train, "rank": rank, "os": os, "flags": job["flags"]})
@@ -153,87 +145,79 @@ for line in sys.stdin:
                 traceback.print_exc()
             sys.stdout.flush(), sys.stderr.flush()
             os._exit(code)
-    print(json.dumps(ranks), flush=True)
-    codes = {}
-    while len(codes) < len(ranks):
+    print(json.dumps(pids), flush=True)
+    while len(codes) < len(pids):
         pid, status = os.wait()
         codes[pid] = os.waitstatus_to_exitcode(status)
-        for other in set(ranks) - set(codes) if codes[pid] else ():
+        for other in set(pids) - set(codes) if codes[pid] else ():
             os.kill(other, 15)  # torchrun ends all when one fails
-    print(json.dumps([codes[pid] for pid in ranks]), flush=True)
+    print(json.dumps([codes[pid] for pid in pids]), flush=True)
 """
 
 
 class Ranks:
-    """A run on several ranks, each a process in a session of its own: as torchrun's, without the
-    seconds that importing takes, for each is forked from a server that has imported everything.
+    """ranks(folder, *flags, ranks=2, patch="") -> a run on several ranks, one at a time.
 
-    `patch` is Python code that each rank runs first, and that sees `train`, `os`, `flags` and its
-    `rank`: faults at a chosen place.
+    As torchrun's, without the seconds that importing takes: each is forked from a server that has
+    imported everything. `patch` is code that each rank runs first: faults at a chosen place.
     """
 
     server = None
 
-    def __init__(self, folder, *flags, ranks=2, patch="", tiny=TINY):
+    def __init__(self, folder, *flags, ranks=2, patch=""):
         if Ranks.server is None:
-            command = [sys.executable, "-c", SERVER]
-            Ranks.server = subprocess.Popen(command, cwd=ROOT, env=ALONE, **PIPES)
-        self.folder, self.log, self.codes = Path(folder), f"{folder}.log", None
-        flags = [str(flag) for flag in (*tiny.split(), "--output_dir", folder, *flags)]
+            Ranks.server = start([sys.executable, "-c", SERVER])
+        self.folder, self.log, self.codes = folder, f"{folder}.log", None
+        flags = [str(flag) for flag in (*TINY, "--output_dir", folder, *flags)]
         job = {"ranks": ranks, "log": self.log, "patch": patch, "flags": flags}
         print(json.dumps(job), file=self.server.stdin, flush=True)
         self.pids = json.loads(self.server.stdout.readline())
 
     def said(self, rank=0, stream="out") -> str:
         path = Path(f"{self.log}.{rank}.{stream}")
-        return path.read_text() if path.exists() else ""  # a moment after the fork it is not there
+        return path.read_text() if path.exists() else ""  # a moment after the fork it is not
 
     def kill(self) -> None:
         for pid in self.pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
-    def alive(self, rank) -> bool:
+    def alive(self) -> bool:
         with suppress(OSError):
-            status = Path(f"/proc/{self.pids[rank]}/stat").read_text()
-            return status.rpartition(")")[2].split()[0] != "Z"
+            return " Z " not in Path(f"/proc/{self.pids[0]}/stat").read_text()
         return False
 
     def result(self) -> Result:
         """Waits for all ranks; `codes` has their exit codes, negative for a signal."""
         self.codes = self.codes or json.loads(self.server.stdout.readline())
         code = next((code for code in self.codes if code), 0)
-        return Result(code, self.said(0), self.said(0, "err"), self.folder)
+        return Result(code, self.said(), self.said(0, "err"), self.folder)
 
 
 @pytest.fixture(scope="session")
 def ranks():
-    """ranks(folder, *flags, ranks=2, patch="") -> a running Ranks, one at a time."""
     yield Ranks
     if Ranks.server:
-        Ranks.server.stdin.close()
-        Ranks.server.wait(60)
+        Ranks.server.communicate()
+
+
+def start(command, **streams) -> subprocess.Popen:
+    streams = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) | streams
+    return subprocess.Popen([str(part) for part in command], cwd=ROOT, env=ALONE, **streams)
 
 
 @pytest.fixture
 def torchrun():
-    """torchrun(folder, *flags) -> a running torchrun, which ends at the latest here."""
+    """torchrun(folder, *flags) -> torchrun, running; it ends at the latest here."""
     started = []
 
-    def start(folder, *flags, nodes="--standalone --nproc_per_node=2", script=ROOT / "train.py"):
-        command = [sys.executable, "-m", "torch.distributed.run", *nodes.split(), script,
-                   *TINY.split(), "--output_dir", folder, *flags]  # fmt: skip
-        command, both = [str(part) for part in command], dict(stderr=subprocess.PIPE, **PIPES)
-        started.append(subprocess.Popen(command, cwd=ROOT, env=ALONE, **both))
+    def run(folder, *flags, nodes="--standalone --nproc_per_node=2", script=ROOT / "train.py"):
+        command = [sys.executable, "-m", "torch.distributed.run", *nodes.split(), script, *TINY]
+        both = dict(stderr=subprocess.PIPE)
+        started.append(start([*command, "--output_dir", folder, *flags], **both))
         return started[-1]
 
-    yield start
+    yield run
     for process in started:
         process.terminate()
         process.communicate(timeout=60)
-
-
-def children(pid) -> list[int]:
-    """The processes that this one has started and that live, oldest first."""
-    lists = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children")]
-    return sorted(int(child) for of_thread in lists for child in of_thread)
