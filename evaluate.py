@@ -17,7 +17,6 @@
 Left out: error bars of sampling alone, pass@j below k, majority votes, a model as the judge.
 """
 
-import fcntl
 import hashlib
 import json
 import math
@@ -37,8 +36,8 @@ from transformers.utils.logging import disable_progress_bar
 from error_pool import after_thinking, correction_prompt
 from reward import Grader, final_answer
 from rollout import (
-    Task, ask, fail, fits, fitting, gather, load_policy, load_problems, make_engine, needed_context,
-    render, sample_groups, solution_prompt, start_distributed,
+    Task, ask, claim, fail, fits, fitting, gather, load_policy, load_problems, make_engine,
+    needed_context, render, sample_groups, solution_prompt, start_distributed,
 )  # fmt: skip
 
 BENCHMARKS = {  # the paper's five: (source, k). 64: R1-Distill's protocol; 4: ours
@@ -103,7 +102,7 @@ def evaluate(config, rank, device) -> None:
     """On every rank: draws what is missing. Rank 0 then grades and reports."""
     try:
         tokenizer, tasks, max_context, settings = prepare(config)
-        passes = missing(config, tokenizer, tasks, max_context)
+        passes, engine = missing(config, tokenizer, tasks, max_context), None
         upcoming = next(passes, None)
         if upcoming:
             automatic = "bf16" if device.type == "cuda" else "fp32"
@@ -111,11 +110,11 @@ def evaluate(config, rank, device) -> None:
             dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
             model, _ = load_policy(config.model, dtype, device)
             engine = make_engine(
-                config.rollout, model, tokenizer, model_path=config.model, seed=config.seed,
-                max_context=max_context, memory_share=config.memory_share,
+                config.rollout, model, tokenizer, model_path=config.model, max_context=max_context,
+                memory_share=config.memory_share,
             )  # fmt: skip
             settings["engine"] = f"{engine.name}, {precision} on {device.type}"
-        settings, lock = claim(Path(config.output), settings, rank)
+        lock = claim(Path(config.output), settings)
     except (OSError, ValueError) as error:
         fail(error)
     how = {name: settings[name] for name in ("seed", "temperature", "top_p", "max_new_tokens")}
@@ -127,8 +126,10 @@ def evaluate(config, rank, device) -> None:
         gather([])  # from here on every rank finds it there
         upcoming = next(passes, None)
     if rank == 0:
-        report(config, tasks, settings)
+        report(config, tasks)
     lock.close()
+    if engine:
+        engine.close()
 
 
 def prepare(config):
@@ -221,27 +222,6 @@ def fingerprint(model: str) -> str:
     return "".join(digests) and hashlib.sha256("".join(digests).encode()).hexdigest()[:12]
 
 
-def claim(folder, settings, rank):
-    """(all settings, a lock) of a folder; ValueError if others write it, or it was begun otherwise.
-
-    Each rank has its lock, which ends with its process: workers may outlive a killed torchrun.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / f".lock{rank}", "w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"--output {folder}: another process is writing there") from None
-    stored = dict(*read(folder / "settings.json"))
-    for name, value in settings.items():
-        if stored.get(name, value) != value:
-            raise ValueError(f"--output {folder} was begun with another {name}, "
-                             f"{stored[name]!r}, not {value!r}; name another folder")  # fmt: skip
-    if rank == 0:
-        write(folder / "settings.json", [stored | settings])
-    return stored | settings, lock
-
-
 # ------------------------------------------------------------------------------------------ figures
 
 
@@ -289,7 +269,7 @@ def figures(frame) -> dict:
     }
 
 
-def report(config, names, settings) -> None:
+def report(config, names) -> None:
     """Grades; writes and prints the table."""
     folder, parts = Path(config.output), {}
     with Grader(os.cpu_count()) as grader:
@@ -316,6 +296,7 @@ def report(config, names, settings) -> None:
         table.loc["average", ["avg@k", "SE"]] = of["avg@k"].mean(), math.hypot(*of.SE) / len(of)
     write(folder / "summary.json", [json.loads(table.to_json(orient="index"))])
     text = f"```\n{table.to_string(float_format='%.1f', na_rep='')}\n```\n"
+    settings = json.loads((folder / "settings.json").read_text())
     text += "".join(f"- {name}: {value!r}\n" for name, value in settings.items())
     (folder / "table.md").write_text(text, encoding="utf-8")
     print(f"{text}\nin {folder}: completions/, graded.csv, summary.json, table.md, accuracy.png")
@@ -371,7 +352,8 @@ def main(arguments=None) -> None:
         if not config.compare:
             evaluate(config, rank, device)
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():  # vLLM destroys it too
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

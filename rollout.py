@@ -9,6 +9,7 @@
 TransformersEngine samples from the live model and runs anywhere; VLLMEngine is for speed on a GPU.
 """
 
+import fcntl
 import hashlib
 import importlib.util
 import json
@@ -18,11 +19,13 @@ import random
 import re
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from decimal import Decimal
 from functools import lru_cache
 from itertools import count
+from pathlib import Path
 from typing import Optional
 
 import numpy
@@ -337,6 +340,9 @@ class TransformersEngine:
     def sleep(self) -> None:
         pass
 
+    def close(self) -> None:
+        pass
+
     @torch.no_grad()  # not inference_mode: a rotary table kept from it could not be trained with
     def generate(self, prompts, n, *, temperature, top_p=1.0, max_new_tokens, seeds, progress=None):
         """n samples of each prompt, [prompts][n]; seeds[b][i] is that of sample i of prompt b."""
@@ -385,7 +391,7 @@ class TransformersEngine:
                     sample.text = to_text(self.tokenizer, prompt, said)
                 else:
                     going.append(row)
-            if progress:
+            if progress and len(going) < len(live):
                 progress(len(live) - len(going))
             if not going:
                 return
@@ -439,7 +445,7 @@ class VLLMEngine:
 
     name = "vllm"
 
-    def __init__(self, model, tokenizer, *, model_path, max_context, seed=0, memory_share=0.3):
+    def __init__(self, model, tokenizer, *, model_path, max_context, memory_share=0.3):
         self.tokenizer, self.max_context = tokenizer, max_context
         self.cuda = model.device.type == "cuda"
         self.stop = sorted(stop_ids(model, tokenizer))
@@ -467,7 +473,6 @@ class VLLMEngine:
             gpu_memory_utilization=memory_share,
             logprobs_mode="processed_logprobs",  # after the temperature; the default is before
             enable_sleep_mode=self.cuda,
-            seed=seed,
         )
         if not self.cuda:  # for tests. Its sampler fails when a seeded prompt is cut into chunks
             settings |= dict(enforce_eager=True, kv_cache_memory_bytes=1 << 28,
@@ -520,7 +525,7 @@ class VLLMEngine:
         while self.llm.llm_engine.has_unfinished_requests():
             done = [output for output in self.llm.llm_engine.step() if output.finished]
             outputs += done
-            if progress:
+            if progress and done:
                 progress(len(done))
         outputs.sort(key=lambda output: int(output.request_id))  # counts the requests
         samples = []
@@ -549,7 +554,7 @@ def load_policy(source: str, dtype, device):
     return model, tokenizer
 
 
-def make_engine(kind: str, model, tokenizer, *, model_path, max_context, seed=0, memory_share=0.3):
+def make_engine(kind: str, model, tokenizer, *, model_path, max_context, memory_share=0.3):
     """The engine `kind`: vllm, transformers, or auto: vllm if it is installed and there is a GPU.
 
     `model` is the live Hugging Face model, `model_path` where its checkpoint is. ValueError, one
@@ -564,7 +569,7 @@ def make_engine(kind: str, model, tokenizer, *, model_path, max_context, seed=0,
     options = dict(max_context=max_context, memory_share=memory_share)
     try:
         if kind == "vllm":
-            engine = VLLMEngine(model, tokenizer, model_path=model_path, seed=seed, **options)
+            engine = VLLMEngine(model, tokenizer, model_path=model_path, **options)
         else:
             engine = TransformersEngine(model, tokenizer, **options)
     except ImportError as problem:
@@ -647,7 +652,7 @@ def sample_groups(
 
 
 def grade_groups(grader, tokenizer, tasks, drawn, span) -> list[Group]:
-    """R of Eq. 1; with a `span`, R' and the span of each analysis (Eqs. 11, 12)."""
+    """R of Eq. 1; with a `span`, R' and each analysis's span (Eqs. 11, 12). No `grader`: no verdicts."""
     groups = []
     for task, samples in zip(tasks, drawn):
         group = Group(**vars(task), samples=samples, graded=[], spans=[], verdicts=[])
@@ -659,6 +664,8 @@ def grade_groups(grader, tokenizer, tasks, drawn, span) -> list[Group]:
             solution = found[2] if found else ""  # without both sections it is wrong
             group.graded.append(solution if span else sample.text)
         groups.append(group)
+    if grader is None:
+        return groups
     golds = [group.answer for group in groups for _ in group.samples]
     verdicts = iter(grader.verdicts([text for group in groups for text in group.graded], golds))
     for group in groups:
@@ -669,6 +676,30 @@ def grade_groups(grader, tokenizer, tasks, drawn, span) -> list[Group]:
 # ---------------------------------------------------------------------------------------- processes
 
 STARTS = count()
+
+
+def claim(folder: Path, settings: dict, free=frozenset()):
+    """Locks an output folder and writes settings.json. Returns the lock, an open file.
+
+    ValueError if others are writing there, or if it was begun with other settings, but for those in
+    `free`. Each rank has its lock, which ends with its process: torchrun's workers outlive a
+    torchrun that was killed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, file = open(folder / f".lock{dist.get_rank()}", "w"), folder / "settings.json"
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{folder}: another process is writing there; name another folder") from None
+    stored = json.loads(file.read_text()) if file.exists() else {}
+    for name in settings.keys() & stored.keys() - free:
+        if stored[name] != settings[name]:
+            there, here = f"{stored[name]!r:.80}", f"{settings[name]!r:.80}"
+            raise ValueError(f"{folder} was begun with {name} {there}, not {here}; name another folder")
+    if dist.get_rank() == 0:
+        file.with_suffix(".part").write_text(json.dumps(stored | settings, indent=1))
+        file.with_suffix(".part").replace(file)
+    return lock
 
 
 def start_distributed() -> tuple[int, int, torch.device]:

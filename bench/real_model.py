@@ -85,7 +85,8 @@ def load_policy(source):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(device).eval()
-    return model, tokenizer, make_engine("transformers", model, tokenizer, model_path=str(source))
+    return model, tokenizer, make_engine("transformers", model, tokenizer, model_path=str(source),
+                                          max_context=model.config.max_position_embeddings)
 
 
 def ask(policy, turns: list[str], n: int, purpose: int, args) -> list:
