@@ -268,9 +268,12 @@ def train(run) -> None:
         watch(run, metrics, groups)
         bar.set_postfix_str(progress(run, metrics))
         bar.update()
-        # SIGTERM may reach the ranks in different steps. `|=`: it may come during the gather too.
-        run.stop |= any(gather([run.stop]))
-        if step == config.steps or run.stop or step % config.save_every == 0:
+        due = step == config.steps or step % config.save_every == 0
+        if due:
+            save_checkpoint(run)
+        # Decided together: a signal may reach the ranks in different steps.
+        run.stop = any(gather([run.signalled]))
+        if run.stop and not due:
             save_checkpoint(run)
     bar.close()
 
@@ -857,11 +860,12 @@ class Run:
     def __init__(self, config: Config, rank: int, world: int, device: torch.device):
         self.config, self.rank, self.world, self.device = config, rank, world, device
         self.state, self.seconds = State(), Counter()
-        self.stop, self.exit_code, self.lock, self.engine = False, 0, None, None
+        self.signalled, self.stop, self.exit_code = False, False, 0
+        self.lock, self.engine = None, None
 
     def interrupt(self, number: int, _) -> None:
         """SIGTERM or Ctrl-C: the step is finished, saved, and the run left."""
-        self.stop, self.exit_code = True, 130 if number == signal.SIGINT else 0
+        self.signalled, self.exit_code = True, 130 if number == signal.SIGINT else 0
 
     def say(self, text: str) -> None:
         if self.rank == 0:
@@ -995,6 +999,8 @@ def main(arguments: Optional[list[str]] = None) -> None:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        if run is not None:
+            run.policy = None  # DDP must not be what ends the process group: that can deadlock
         if run is not None and run.lock is not None:
             run.lock.close()
         if run is not None and run.engine is not None:
