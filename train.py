@@ -594,13 +594,11 @@ class MasterAdamW:
         for i in largest_first:
             self.owner[i] = load.index(min(load))
             load[self.owner[i]] += self.params[i].numel()
-        # From the weights as they were stored, before they are rounded to bf16.
-        mine = {i: p for i, p in enumerate(self.params) if self.owner[i] == dist.get_rank()}
-        self.masters = {i: p.detach().to(torch.float32, copy=True) for i, p in mine.items()}
+        self.masters = {i: p for i, p in enumerate(self.params) if self.owner[i] == dist.get_rank()}
+        if self.bf16:  # from the weights as they were stored, before they are rounded
+            self.masters = {i: p.detach().float().clone() for i, p in self.masters.items()}
         for p in model.parameters():  # not model.to(dtype): rotary frequencies must not be rounded
             p.data = p.data.to(dtype)
-        if not self.bf16:
-            self.masters = mine
         decayed = [m for m in self.masters.values() if m.dim() >= 2]
         plain = [m for m in self.masters.values() if m.dim() < 2]
         self.adam = torch.optim.AdamW([{"params": decayed, "weight_decay": weight_decay},

@@ -1,10 +1,9 @@
 """What one GPU makes of this project, in four minutes: `python bench/gpu.py` prints a JSON object.
 
 1. The card's own bf16 rate, products of 8,192 x 8,192 matrices: the ceiling of all else.
-2. train.py's update of a random model with the shape of R1-Distill-Qwen-1.5B: bf16, fp32 masters,
-   gradient checkpointing, 16,384 tokens a micro-batch in sequences of 4,096, of which 512 are the
-   prompt. Its model FLOP/s (recomputation not counted), and its peak memory beside the formula of
-   bench/plan.py without the 3 GB that this adds for CUDA and vLLM.
+2. train.py's update of a random model shaped as R1-Distill-Qwen-1.5B, bf16, fp32 masters, gradient
+   checkpointing, micro-batches of 4 x 4,096 tokens, 512 of them prompt: its model FLOP/s (without
+   recomputation), and its peak memory beside bench/plan.py (without its 3 GB for CUDA and vLLM).
 3. The Transformers engine with the same model, 256 rows in flight.
 4. The default run of train.py, as a user starts it.
 """
@@ -22,8 +21,7 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import rollout  # noqa: E402
-import train  # noqa: E402
+import rollout, train  # noqa: E402, E401
 
 SHAPE = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 N, D, F, K, V, _ = plan.SHAPES[SHAPE]
