@@ -9,21 +9,27 @@
 TransformersEngine samples from the live model and runs anywhere; VLLMEngine is for speed on a GPU.
 """
 
+import fcntl
 import hashlib
 import importlib.util
 import json
+import logging
 import math
 import os
+import random
 import re
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from decimal import Decimal
 from functools import lru_cache
 from itertools import count
+from pathlib import Path
 from typing import Optional
 
+import numpy
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
@@ -349,6 +355,9 @@ class TransformersEngine:
     def sleep(self) -> None:
         pass
 
+    def close(self) -> None:
+        pass
+
     @torch.no_grad()  # not inference_mode: a rotary table kept from it could not be trained with
     def generate(self, prompts, n, *, temperature, top_p=1.0, max_new_tokens, seeds, progress=None):
         """n samples of each prompt, [prompts][n]; seeds[b][i] is that of sample i of prompt b."""
@@ -397,7 +406,7 @@ class TransformersEngine:
                     sample.text = to_text(self.tokenizer, prompt, said)
                 else:
                     going.append(row)
-            if progress:
+            if progress and len(going) < len(live):
                 progress(len(live) - len(going))
             if not going:
                 return
@@ -424,83 +433,122 @@ class TransformersEngine:
 # --------------------------------------------------------------------------------------------- vLLM
 
 
+@contextmanager
+def trainer_state():
+    """Puts back what building a vLLM engine changes in the process, which is the trainer's: random
+    states, threads, float32 precision. Its CPU build even makes torch.set_num_threads a dummy."""
+    states = random.getstate(), numpy.random.get_state()
+    precision = torch.get_float32_matmul_precision()
+    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
+    gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(gpus):
+            yield
+    finally:
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
+        torch.set_float32_matmul_precision(precision)
+        torch.set_num_threads = set_num_threads
+        torch.set_num_threads(threads)
+
+
 class VLLMEngine:
     """vLLM 0.32.0 in the trainer's process, one engine a rank on the rank's own device.
 
-    Build it on all ranks together, after torch.distributed, and keep it until exit: deleting it
-    destroys the trainer's process group.
+    Build it on all ranks together, after torch.distributed. `close()` is for the end of a run.
     """
 
     name = "vllm"
 
-    def __init__(self, model, tokenizer, *, model_path, max_context, seed=0, memory_share=0.3):
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # else the engine gets a process of its own
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        from vllm import LLM, SamplingParams
-
-        self.tokenizer, self.parameters, self.max_context = tokenizer, SamplingParams, max_context
+    def __init__(self, model, tokenizer, *, model_path, max_context, memory_share=0.3):
+        self.tokenizer, self.max_context = tokenizer, max_context
+        self.cuda = model.device.type == "cuda"
         self.stop = sorted(stop_ids(model, tokenizer))
         # Ids past the tokenizer, see `draw`. -100 is the strongest bias that vLLM takes.
         self.forbidden = {i: -100.0 for i in range(len(tokenizer), model.config.vocab_size)}
-        self.cuda = model.device.type == "cuda"
+        if self.cuda and len(self.forbidden) > 1024:  # more its GPU sampler refuses, in mid-step
+            raise ValueError(f"--model {model_path}: {len(self.forbidden):,} rows of its embedding "
+                             "have no token, and vLLM can forbid 1,024 ids; take a checkpoint that "
+                             "is padded less, or --rollout transformers")  # fmt: skip
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # else it gets a process of its own
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        # Seeded samples never pass through it, and building it stops some starts (vllm#49497).
+        os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+        noise = "RotaryEmbedding: Failed to load weights"  # at every push; it has none to load
+        log = logging.getLogger("vllm.model_executor.model_loader.reload.layerwise")
+        log.addFilter(lambda record: noise not in record.getMessage())
         settings = dict(
             skip_tokenizer_init=True,
-            # takes torchrun's LOCAL_RANK for the device; the plain backend puts every rank on cuda:0
+            # takes torchrun's LOCAL_RANK for the device; the plain one puts every rank on cuda:0
             distributed_executor_backend="external_launcher" if "RANK" in os.environ else "uni",
             dtype=str(model.dtype).removeprefix("torch."),
             max_model_len=max_context,
+            max_num_batched_tokens=8192,  # what is longer is prefilled in chunks
             gpu_memory_utilization=memory_share,
             logprobs_mode="processed_logprobs",  # after the temperature; the default is before
             enable_sleep_mode=self.cuda,
-            seed=seed,
         )
-        if not self.cuda:  # for tests. The CPU sampler fails when a seeded prompt is cut into chunks
-            settings |= dict(enforce_eager=True, kv_cache_memory_bytes=1 << 28)
-            settings |= dict(enable_chunked_prefill=False, max_num_batched_tokens=max(8192, max_context))
-        self.llm = LLM(model_path, **settings)
-        self.asleep, self.fresh = False, True  # fresh: it has the checkpoint's or the last push's weights
+        if not self.cuda:  # for tests. Its sampler fails when a seeded prompt is cut into chunks
+            settings |= dict(enforce_eager=True, kv_cache_memory_bytes=1 << 28,
+                             enable_chunked_prefill=False,
+                             max_num_batched_tokens=max(8192, max_context))  # fmt: skip
+        with trainer_state():
+            from vllm import LLM, SamplingParams
+
+            self.llm, self.parameters = LLM(model_path, **settings), SamplingParams
+        self.asleep, self.fresh = False, True  # fresh: has the checkpoint's or the pushed weights
 
     def wake(self) -> None:
-        """CUDA: memory for the weights comes back, not what was in it: `update_weights` brings that."""
+        """CUDA: memory for the weights comes back; `update_weights` brings what was in it."""
         if self.asleep:
             self.llm.wake_up(tags=["weights"])
 
     def update_weights(self, model) -> None:
-        # Not named_parameters(): it leaves out a tied lm_head, of which vLLM may hold a copy of its own.
+        # Not named_parameters(): it leaves out a tied lm_head, of which vLLM may hold a copy.
         weights = iter(model.state_dict().items())
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if self.asleep:
             self.llm.wake_up(tags=["kv_cache"])  # CUDA: after the push, whose copies need room
-        self.llm.reset_prefix_cache()  # its keys and values are the old weights'
-        self.asleep, self.fresh = False, True
+        self.asleep, self.fresh = False, self.llm.reset_prefix_cache()
+        if not self.fresh:
+            raise RuntimeError("vLLM kept keys and values of the old weights, which happens if a "
+                               "generate() was broken off; go on with --resume")  # fmt: skip
 
     def sleep(self) -> None:
-        """CUDA: gives its memory to the update, weights included (level 2): the next push brings them."""
+        """CUDA: gives its memory to the update, weights included: the next push brings them."""
         if self.cuda:
             self.llm.sleep(level=2)
             self.asleep, self.fresh = True, False
 
+    def close(self) -> None:
+        """Gives all memory back, and destroys the process group, the trainer's own included."""
+        self.llm.llm_engine.engine_core.shutdown()
+
     def generate(self, prompts, n, *, temperature, top_p=1.0, max_new_tokens, seeds, progress=None):
-        """As TransformersEngine.generate. A request for each sample, since each has its seed; through
-        the prefix cache the n of a prompt share its keys and values."""
+        """As TransformersEngine.generate. A request for each sample, since each has its seed;
+        through the prefix cache the n of a prompt share its keys and values."""
         if not self.fresh:
             raise RuntimeError("generate() after sleep() needs wake() and update_weights() first")
-        how = dict(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, stop_token_ids=self.stop,
-                   logprobs=0, flat_logprobs=True, detokenize=False, logit_bias=self.forbidden or None)  # fmt: skip
+        how = dict(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens,
+                   stop_token_ids=self.stop, logit_bias=self.forbidden or None,
+                   logprobs=0, flat_logprobs=True, detokenize=False)  # fmt: skip
         requests = [{"prompt_token_ids": prompt} for prompt in prompts for _ in range(n)]
-        self.llm.enqueue(requests, [self.parameters(seed=x, **how) for of in seeds for x in of], use_tqdm=False)
+        parameters = [self.parameters(seed=seed, **how) for row in seeds for seed in row]
+        self.llm.enqueue(requests, parameters, use_tqdm=False)
         outputs = []
         while self.llm.llm_engine.has_unfinished_requests():
             done = [output for output in self.llm.llm_engine.step() if output.finished]
             outputs += done
-            if progress:
+            if progress and done:
                 progress(len(done))
-        outputs.sort(key=lambda output: int(output.request_id))  # a counter: the order of the requests
+        outputs.sort(key=lambda output: int(output.request_id))  # counts the requests
         samples = []
         for request, output in zip(requests, outputs, strict=True):
             (out,) = output.outputs
             ids, finished = list(out.token_ids), out.finish_reason == "stop"
-            text = to_text(self.tokenizer, request["prompt_token_ids"], ids[:-1] if finished else ids)
+            said = ids[:-1] if finished else ids
+            text = to_text(self.tokenizer, request["prompt_token_ids"], said)
             samples.append(Sample(ids, list(out.logprobs.logprobs), text, finished))
         return [samples[first : first + n] for first in range(0, len(samples), n)]
 
@@ -526,7 +574,7 @@ def load_policy(source: str, dtype, device):
     return model.to(device).eval(), tokenizer
 
 
-def make_engine(kind: str, model, tokenizer, *, model_path, max_context, seed=0, memory_share=0.3):
+def make_engine(kind: str, model, tokenizer, *, model_path, max_context, memory_share=0.3):
     """The engine `kind`: vllm, transformers, or auto: vllm if it is installed and there is a GPU.
 
     `model` is the live Hugging Face model, `model_path` where its checkpoint is. ValueError, one
@@ -541,7 +589,7 @@ def make_engine(kind: str, model, tokenizer, *, model_path, max_context, seed=0,
     options = dict(max_context=max_context, memory_share=memory_share)
     try:
         if kind == "vllm":
-            engine = VLLMEngine(model, tokenizer, model_path=model_path, seed=seed, **options)
+            engine = VLLMEngine(model, tokenizer, model_path=model_path, **options)
         else:
             engine = TransformersEngine(model, tokenizer, **options)
     except Exception as problem:  # not installed, or a model without a cache
@@ -624,7 +672,7 @@ def sample_groups(
 
 
 def grade_groups(grader, tokenizer, tasks, drawn, span) -> list[Group]:
-    """R of Eq. 1; with a `span`, R' and the span of each analysis (Eqs. 11, 12)."""
+    """R of Eq. 1; with a `span`, R' and each analysis's span (Eqs. 11, 12). No `grader`: no verdicts."""
     groups = []
     for task, samples in zip(tasks, drawn):
         group = Group(**vars(task), samples=samples, graded=[], spans=[], verdicts=[])
@@ -636,6 +684,8 @@ def grade_groups(grader, tokenizer, tasks, drawn, span) -> list[Group]:
             solution = found[2] if found else ""  # without both sections it is wrong
             group.graded.append(solution if span else sample.text)
         groups.append(group)
+    if grader is None:
+        return groups
     golds = [group.answer for group in groups for _ in group.samples]
     verdicts = iter(grader.verdicts([text for group in groups for text in group.graded], golds))
     for group in groups:
@@ -646,6 +696,30 @@ def grade_groups(grader, tokenizer, tasks, drawn, span) -> list[Group]:
 # ---------------------------------------------------------------------------------------- processes
 
 STARTS = count()
+
+
+def claim(folder: Path, settings: dict, free=frozenset()):
+    """Locks an output folder and writes settings.json. Returns the lock, an open file.
+
+    ValueError if others are writing there, or if it was begun with other settings, but for those in
+    `free`. Each rank has its lock, which ends with its process: torchrun's workers outlive a
+    torchrun that was killed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, file = open(folder / f".lock{dist.get_rank()}", "w"), folder / "settings.json"
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{folder}: another process is writing there; name another folder") from None
+    stored = json.loads(file.read_text()) if file.exists() else {}
+    for name in settings.keys() & stored.keys() - free:
+        if stored[name] != settings[name]:
+            there, here = f"{stored[name]!r:.80}", f"{settings[name]!r:.80}"
+            raise ValueError(f"{folder} was begun with {name} {there}, not {here}; name another folder")
+    if dist.get_rank() == 0:
+        file.with_suffix(".part").write_text(json.dumps(stored | settings, indent=1))
+        file.with_suffix(".part").replace(file)
+    return lock
 
 
 def start_distributed() -> tuple[int, int, torch.device]:

@@ -34,7 +34,6 @@ How it stays simple at any size:
 Left out on purpose: tensor parallelism, off-policy rollouts, a reward model, a second correction.
 """
 
-import fcntl
 import hashlib
 import json
 import math
@@ -66,14 +65,14 @@ from transformers import HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
 from error_pool import ErrorPool, correction_prompt, informative, next_stage
-from evaluate import accuracy, correction_tasks
+from evaluate import accuracy, correction_tasks, records
 from loss import (
     analysis_mask, carries_gradient, deal, group_advantages, importance_weights,
     overlong_punishment, policy_loss, step_denominator, token_logprobs,
 )  # fmt: skip
 from reward import Grader
 from rollout import (
-    Group, Task, ask, fail, fits, fitting, gather, load_policy, load_problems, make_engine,
+    Group, Task, ask, claim, fail, fits, fitting, gather, load_policy, load_problems, make_engine,
     needed_context, render, sample_groups, start_distributed, warn,
 )  # fmt: skip
 
@@ -269,9 +268,12 @@ def train(run) -> None:
         watch(run, metrics, groups)
         bar.set_postfix_str(progress(run, metrics))
         bar.update()
-        # SIGTERM may reach the ranks in different steps. `|=`: it may come during the gather too.
-        run.stop |= any(gather([run.stop]))
-        if step == config.steps or run.stop or step % config.save_every == 0:
+        due = step == config.steps or step % config.save_every == 0
+        if due:
+            save_checkpoint(run)
+        # Decided together: a signal may reach the ranks in different steps.
+        run.stop = any(gather([run.signalled]))
+        if run.stop and not due:
             save_checkpoint(run)
     bar.close()
 
@@ -408,7 +410,7 @@ def evaluate_policy(run) -> dict:
     how = dict(seed=config.seed, temperature=config.temperature, max_new_tokens=longest)
     answers = sample_groups(*by, run.eval_tasks, range(1), **how)
     wrong = [group for group in answers if group.verdicts != ["right"]]
-    tasks = correction_tasks(run.tokenizer, wrong, longest, run.engine.max_context)
+    tasks = correction_tasks(run.tokenizer, records(wrong), longest, run.engine.max_context)
     corrections = sample_groups(*by, tasks, range(1), span=config.analysis_span, **how)
     run.engine.sleep()
     run.seconds["evaluation"] = time.perf_counter() - started
@@ -858,11 +860,12 @@ class Run:
     def __init__(self, config: Config, rank: int, world: int, device: torch.device):
         self.config, self.rank, self.world, self.device = config, rank, world, device
         self.state, self.seconds = State(), Counter()
-        self.stop, self.exit_code, self.lock = False, 0, None
+        self.signalled, self.stop, self.exit_code = False, False, 0
+        self.lock, self.engine = None, None
 
     def interrupt(self, number: int, _) -> None:
         """SIGTERM or Ctrl-C: the step is finished, saved, and the run left."""
-        self.stop, self.exit_code = True, 130 if number == signal.SIGINT else 0
+        self.signalled, self.exit_code = True, 130 if number == signal.SIGINT else 0
 
     def say(self, text: str) -> None:
         if self.rank == 0:
@@ -892,7 +895,7 @@ def set_up(run: Run) -> None:
         run.reference = Policy(reference.requires_grad_(False), temperature, chunk)
     run.grader = Grader()
     run.engine = make_engine(
-        config.rollout, run.model, run.tokenizer, model_path=config.model, seed=config.seed,
+        config.rollout, run.model, run.tokenizer, model_path=config.model,
         max_context=config.max_context, memory_share=config.memory_share,
     )  # fmt: skip
     if config.gradient_checkpointing:  # after the engine has looked at the model's cache
@@ -903,7 +906,7 @@ def set_up(run: Run) -> None:
     run.policy = DistributedDataParallel(Policy(run.model, temperature, chunk), **how)
     run.pool = None
     if config.algorithm == "scrpo":
-        run.pool = ErrorPool(config.pool_trigger, config.min_variance, config.errors_per_question)
+        run.pool = ErrorPool(config.min_variance, config.errors_per_question)
 
 
 def settle(run: Run, held_out: list) -> None:
@@ -940,44 +943,21 @@ def check_logprobs(run: Run) -> None:
 
 def claim_output(run: Run) -> None:
     """Finds or makes the output folder; ValueError for one that is not ours to write into."""
-    config, problem = run.config, None
+    config = run.config
     if config.output_dir is None:
         numbers = [int(f.name) for f in (HERE / "runs").glob("*") if f.name.isdigit()]
         fresh = HERE / "runs" / f"{max(numbers, default=0) + 1:03d}"
         config.output_dir = gather([str(fresh)])[0]
     run.output = Path(config.output_dir)
+    begun = (run.output / "metrics.jsonl").exists() or (run.output / "checkpoints").exists()
+    if begun and not config.resume:
+        raise ValueError(f"--output_dir {run.output} holds a run; add --resume, or name another folder")
     # By content, not by name: a file may change behind its path, a template may write today's date.
     problems = repr([(p.problem, p.answer) for p in [*run.problems, *run.eval_tasks]]).encode()
     settings = asdict(config) | {"ranks": run.world, "first_prompt": run.first_prompt}
     settings["problems"] = hashlib.sha256(problems).hexdigest()
-    if run.rank == 0:
-        problem = claim(run, settings)
-    problem = gather([problem])[0]
-    if problem:
-        raise ValueError(f"--output_dir {run.output}: {problem}")
-
-
-def claim(run: Run, settings: dict) -> Optional[str]:
-    """Rank 0's part: locks the folder and writes settings.json, or says why not."""
-    path, free = run.output / "settings.json", FREE
-    if run.config.schedule == "cosine":
-        free = FREE - {"steps"}
-    if (run.output / "metrics.jsonl").exists() or (run.output / "checkpoints").exists():
-        if not run.config.resume:
-            return "holds a run already; add --resume to go on, or name another folder"
-        saved = json.loads(path.read_text()) if path.exists() else {}
-        for name in settings.keys() - free:
-            if saved.get(name) != settings[name]:
-                there, here = (f"{value!r:.80}" for value in (saved.get(name), settings[name]))
-                return f"began with {name} {there}, not {here}; put it back, or name another folder"
-    run.output.mkdir(parents=True, exist_ok=True)
-    # Held until this process ends: torchrun's workers outlive a torchrun that was killed.
-    run.lock = os.open(run.output, os.O_RDONLY)
-    try:
-        fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return "another run is writing there; wait for its end, or name another folder"
-    path.write_text(json.dumps(settings, indent=1))
+    free = FREE - {"steps"} if config.schedule == "cosine" else FREE
+    run.lock = claim(run.output, settings, free if begun else settings.keys())
 
 
 def introduce(run: Run, resumed: bool) -> None:
@@ -1019,9 +999,14 @@ def main(arguments: Optional[list[str]] = None) -> None:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        if run is not None:
+            run.policy = None  # DDP must not be what ends the process group: that can deadlock
         if run is not None and run.lock is not None:
-            os.close(run.lock)
-        dist.destroy_process_group()
+            run.lock.close()
+        if run is not None and run.engine is not None:
+            run.engine.close()
+        if dist.is_initialized():  # vLLM destroys it too
+            dist.destroy_process_group()
     if run.exit_code:
         sys.exit(run.exit_code)
 

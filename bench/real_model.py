@@ -23,8 +23,8 @@ stage would learn anything. Hence, each in --work, and skipped where its result 
 No training question is asked twice in a run of default length, so accuracy *while training* is that
 of unseen problems and costs nothing: train.py's own evaluation is off.
 
-On one core of a laptop the warm start takes an hour and a run half of that. On a GPU add --jobs 8
---samples 4 --pool_questions 512: the runs share it, each is busy with launching small kernels.
+Of one laptop core the warm start takes an hour, a run one or two. On a GPU add --jobs 8 --samples 4
+--pool_questions 512: runs share it well, each being busy with launching small kernels.
 """
 
 import argparse
@@ -85,7 +85,8 @@ def load_policy(source):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(device).eval()
-    return model, tokenizer, make_engine("transformers", model, tokenizer, model_path=str(source))
+    return model, tokenizer, make_engine("transformers", model, tokenizer, model_path=str(source),
+                                          max_context=model.config.max_position_embeddings)
 
 
 def ask(policy, turns: list[str], n: int, purpose: int, args) -> list:
@@ -178,8 +179,8 @@ def warm_start(args, stories: list) -> None:
             bar.set_postfix(loss=f"{log[-1][0]:.3f}")
             bar.update()
             if time.monotonic() - last_saved > 600:
-                torch.save([log, model.state_dict(), optimizer.state_dict()], part)
-                part.replace(saved)
+                torch.save([log, model.state_dict(), optimizer.state_dict()], f"{saved}.part")
+                os.replace(f"{saved}.part", saved)
                 last_saved = time.monotonic()
         before += len(batches)
     bar.close()
@@ -233,7 +234,7 @@ def measure(args, folder: Path, before=None) -> dict:
                             [before["text"][j] for j in wrong], OF_FIXED, grader, args)
             result["fixed"] = dict(zip(wrong, again["right"]))
         else:  # by training's own pool, Eqs. 7 and 8
-            pool = ErrorPool(trigger=1, min_variance=0.15)
+            pool = ErrorPool(min_variance=0.15)
             some = problems[: args.pool_questions]
             groups, marks = answer(policy, some, GROUP, GROUPS, grader, args)
             for p, row, rewards in zip(some, groups, marks):

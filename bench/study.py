@@ -426,6 +426,7 @@ def write_section(path: Path, name: str, text: str) -> None:
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     before, _, rest = (path.read_text() if path.exists() else "# Measured\n\n").partition(begin)
     after = rest.partition(end)[2] or "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"{before}{begin}\n## {name}\n\n{text}\n{end}{after}")
 
 
@@ -460,7 +461,6 @@ def main() -> None:
     work, seeds = options.work.resolve(), range(options.seeds)
     output = options.output or work
     work.mkdir(parents=True, exist_ok=True)
-    output.mkdir(parents=True, exist_ok=True)
     if options.run:
         return one_run(options.run[0], int(options.run[1]), work)
     names = [name for name in ARMS if ARMS[name].group in options.groups]

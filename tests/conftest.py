@@ -1,13 +1,10 @@
-"""What several test files need: training runs, in this process or under torchrun, and a look at what they wrote."""
+"""Training runs, in this process, on several ranks or under torchrun, and a look at them."""
 
-import functools
 import io
 import json
 import os
 import re
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,25 +14,23 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 
 import reward
-from reward import Grader
 
 ROOT = Path(__file__).resolve().parents[1]
-RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-PATIENCE = 600  # seconds for a grading: runs are compared bit for bit, and a busy machine must not change a verdict
-FEW = Path(tempfile.mkdtemp(prefix="scrpo_tests_")) / "few.jsonl"  # 400 problems; 6,000 golds take seconds to check
-TINY = ["--train_data", FEW, *"--questions_per_step 8 --pool_trigger 8 --steps 6 --save_every 3".split(),
-        *"--eval_questions 0 --schedule constant --grader_workers 1".split()]  # fmt: skip
-
-
-@pytest.fixture(scope="session", autouse=True)
-def few():
-    FEW.write_text("".join((ROOT / "toy" / "train.jsonl").read_text().splitlines(keepends=True)[:400]))
-    yield
-    shutil.rmtree(FEW.parent)
+TOY = ROOT / "toy"
+PATIENCE = 600  # seconds for a verdict: a busy machine must not change one where runs are compared
+THREADS = os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(THREADS))
+RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+ALONE = {name: value for name, value in os.environ.items() if name not in RANK}
+ALONE["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
+# 400 problems, because each run renders all of them. Small steps that soon visit stage 2.
+FEW = Path(tempfile.mkdtemp(prefix="scrpo_tests_")) / "few.jsonl"
+FEW.write_text("".join((TOY / "train.jsonl").read_text().splitlines(keepends=True)[:400]))
+TINY = (f"--train_data {FEW} --questions_per_step 4 --group_size 4 --pool_trigger 4 --steps 6 "
+        "--save_every 3 --eval_questions 0 --schedule constant").split()  # fmt: skip
 
 
 @dataclass
@@ -46,6 +41,9 @@ class Result:
     out: str
     err: str
     folder: Path
+
+    def lines(self, name: str) -> list[dict]:
+        return [json.loads(line) for line in (self.folder / name).read_text().splitlines()]
 
     @property
     def metrics(self) -> list[dict]:
@@ -58,6 +56,7 @@ class Result:
 
     @property
     def samples(self) -> list[dict]:
+        """All of them, at TINY's size."""
         return self.lines("samples.jsonl")
 
     @property
@@ -66,85 +65,78 @@ class Result:
 
     @property
     def errors(self) -> list[str]:
-        """What is said on standard error by the program itself, not by its progress bar or torchrun."""
+        """What the program says on standard error, not its progress bar or torchrun."""
         return re.findall(r"(?:error|warning): [^\r\n]*", self.err)
-
-    def lines(self, name: str) -> list[dict]:
-        return [json.loads(line) for line in (self.folder / name).read_text().splitlines()]
 
     def comparable(self) -> list[dict]:
         """The metrics but for what the clock and the machine say."""
-        return [
-            {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second", "peak_memory_gb")}
-            for line in self.metrics
-        ]
+        machine = ("seconds", "tokens_per_second", "peak_memory_gb")
+        return [{k: v for k, v in line.items() if k not in machine} for line in self.metrics]
 
 
 def same_weights(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+class Patient(reward.Grader):
+    """One for all runs of this process: a context that does not end it."""
+
+    def __exit__(self, *exception):
+        pass
+
+
 @pytest.fixture(scope="session")
 def launch():
-    """launch(folder, *flags) -> Result of train.main in this process, as one rank, with TINY's settings before
-    `flags`; `settings` may be a YAML file, which has to come first of all."""
+    """launch(folder, *flags) -> Result of train.main in this process, as one rank."""
     import train
 
-    torch.set_num_threads(1)
+    reward.START, grader = PATIENCE, Patient(workers=1, deadline=PATIENCE)
 
-    def ended(code):  # `os._exit` would end the tests too
-        raise SystemExit(code)
-
-    def main(folder, *flags, tiny=True, settings=()) -> Result:
+    def run(folder, *flags, first=TINY) -> Result:
         where = ["--output_dir", folder] if folder is not None else []
-        for name in RANK_VARIABLES:
-            os.environ.pop(name, None)
         out, err, code = io.StringIO(), io.StringIO(), 0
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-            patch.setattr(os, "_exit", ended)
-            patch.setattr(reward, "START", PATIENCE)
-            patch.setattr(train, "Grader", functools.partial(Grader, deadline=PATIENCE))
+            patch.setattr(train, "Grader", lambda: grader)
+            for name in RANK:
+                patch.delenv(name, raising=False)
             try:
-                train.main([str(flag) for flag in (*settings, *TINY * tiny, *where, *flags)])
+                train.main([str(flag) for flag in (*first, *where, *flags)])
             except SystemExit as end:
                 code = end.code or 0
-            finally:
-                if dist.is_initialized():
-                    dist.destroy_process_group()
-                for name in RANK_VARIABLES:
-                    os.environ.pop(name, None)
-        return Result(code, out.getvalue(), err.getvalue(), Path(folder) if folder is not None else None)
+        return Result(code, out.getvalue(), err.getvalue(), folder)
 
-    return main
+    yield run
+    grader.close()
 
 
-SERVER = (
-    f"PATIENCE = {PATIENCE}"
-    + """
-import functools, json, os, sys, traceback
-import matplotlib, reward, torch, train
+SERVER = """
+import json, os, sys, traceback
+import matplotlib.pyplot, reward, torch, train  # now, so that not each run has to
 
-matplotlib.use("Agg")
-import matplotlib.pyplot  # now, so that not each run has to
+class Marks:  # no worker processes: the toy's answers are whole numbers
+    __enter__, __exit__ = lambda self: self, lambda self, *exception: None
+    def verdicts(self, responses, golds):
+        answers = [reward.final_answer(response) or "-" for response in responses]
+        right = [a.isdigit() and int(a) == int(gold) for a, gold in zip(answers, golds)]
+        return ["right" if r else "wrong" for r in right]
 
-reward.START, train.Grader = PATIENCE, functools.partial(reward.Grader, deadline=PATIENCE)
-
+train.Grader = Marks
 for line in sys.stdin:
-    job, ranks, environment = json.loads(line), [], {}
-    if not job["port"]:  # the store is the parent's, as under torchrun, and outlives the ranks
-        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        environment = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    job, pids, codes = json.loads(line), [], {}
+    # The store is the parent's, as under torchrun.
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for rank in range(job["ranks"]):
-        ranks.append(os.fork())
-        if ranks[-1] == 0:
-            os.setsid()
+        pids.append(os.fork())
+        if pids[-1] == 0:
             for stream, name in ((1, "out"), (2, "err")):
-                os.dup2(os.open(f"{job['log']}.{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+                os.dup2(os.open(f"{job['log']}.{rank}.{name}", os.O_WRONLY | os.O_CREAT), stream)
+                os.ftruncate(stream, 0)
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["ranks"]),
-                              MASTER_ADDR="127.0.0.1", MASTER_PORT=job["port"] or str(store.port), **environment)
+                              MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port),
+                              TORCHELASTIC_USE_AGENT_STORE="True")
             code = 1
             try:
-                exec(job["patch"], {"train": train, "rank": rank, "os": os})
+                exec(job["patch"], {"train": train, "rank": rank, "os": os, "flags": job["flags"]})
                 train.main(job["flags"])
                 code = 0
             except SystemExit as end:
@@ -153,113 +145,79 @@ for line in sys.stdin:
                 traceback.print_exc()
             sys.stdout.flush(), sys.stderr.flush()
             os._exit(code)
-    print(json.dumps(ranks), flush=True)
-    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]), flush=True)
+    print(json.dumps(pids), flush=True)
+    while len(codes) < len(pids):
+        pid, status = os.wait()
+        codes[pid] = os.waitstatus_to_exitcode(status)
+        for other in set(pids) - set(codes) if codes[pid] else ():
+            os.kill(other, 15)  # torchrun ends all when one fails
+    print(json.dumps([codes[pid] for pid in pids]), flush=True)
 """
-)
 
 
 class Ranks:
-    """A run on several ranks, each a process of its own: as torchrun's, without the seconds that importing takes.
+    """ranks(folder, *flags, ranks=2, patch="") -> a run on several ranks, one at a time.
 
-    A server imports everything once; each rank is forked from it, in a session of its own. `patch` is Python code that
-    each rank runs first, and that sees `train`, `os` and its `rank`: faults at a chosen place. With `agent` off, the
-    store that ranks meet at is rank 0's own.
+    As torchrun's, without the seconds that importing takes: each is forked from a server that has
+    imported everything. `patch` is code that each rank runs first: faults at a chosen place.
     """
 
     server = None
 
-    def __init__(self, folder, *flags, ranks=2, patch="", tiny=True, agent=True):
+    def __init__(self, folder, *flags, ranks=2, patch=""):
         if Ranks.server is None:
-            Ranks.server = subprocess.Popen(
-                [sys.executable, "-c", SERVER],
-                cwd=ROOT,
-                text=True,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env={k: v for k, v in os.environ.items() if k not in RANK_VARIABLES} | {"OMP_NUM_THREADS": "1"},
-            )
-        self.folder, self.log, self.codes = Path(folder), f"{folder}.log", None
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = None if agent else str(free.getsockname()[1])
-        flags = [str(flag) for flag in (*TINY * tiny, "--output_dir", folder, *flags)]
-        job = {"ranks": ranks, "log": self.log, "port": port, "patch": patch, "flags": flags}
+            Ranks.server = start([sys.executable, "-c", SERVER])
+        self.folder, self.log, self.codes = folder, f"{folder}.log", None
+        flags = [str(flag) for flag in (*TINY, "--output_dir", folder, *flags)]
+        job = {"ranks": ranks, "log": self.log, "patch": patch, "flags": flags}
         print(json.dumps(job), file=self.server.stdin, flush=True)
         self.pids = json.loads(self.server.stdout.readline())
 
     def said(self, rank=0, stream="out") -> str:
         path = Path(f"{self.log}.{rank}.{stream}")
-        return path.read_text() if path.exists() else ""  # a rank that was forked a moment ago has not opened it yet
+        return path.read_text() if path.exists() else ""  # a moment after the fork it is not
 
-    def kill(self, *ranks, sent=signal.SIGKILL) -> None:
-        """To these ranks, or to all; SIGKILL also to their graders, as when a machine goes down."""
-        for rank in ranks or range(len(self.pids)):
+    def kill(self) -> None:
+        for pid in self.pids:
             with suppress(ProcessLookupError):
-                os.killpg(self.pids[rank], sent) if sent == signal.SIGKILL else os.kill(self.pids[rank], sent)
+                os.kill(pid, signal.SIGKILL)
 
-    def alive(self, rank) -> bool:
+    def alive(self) -> bool:
         with suppress(OSError):
-            return Path(f"/proc/{self.pids[rank]}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+            return " Z " not in Path(f"/proc/{self.pids[0]}/stat").read_text()
         return False
 
     def result(self) -> Result:
         """Waits for all ranks; `codes` has their exit codes, negative for a signal."""
         self.codes = self.codes or json.loads(self.server.stdout.readline())
-        return Result(max(self.codes, key=abs), self.said(0), self.said(0, "err"), self.folder)
+        code = next((code for code in self.codes if code), 0)
+        return Result(code, self.said(), self.said(0, "err"), self.folder)
 
 
 @pytest.fixture(scope="session")
 def ranks():
-    """ranks(folder, *flags, ranks=2, patch="") -> a running Ranks; wait for its result before the next one starts."""
     yield Ranks
     if Ranks.server:
-        Ranks.server.stdin.close()
-        Ranks.server.wait(60)
+        Ranks.server.communicate()
 
 
-class Torchrun(subprocess.Popen):
-    """`torchrun train.py` with TINY's settings, in a session of its own, to be killed with its children."""
-
-    def __init__(self, folder, *flags, ranks=2, script=None, elastic=(), tiny=True):
-        self.folder = Path(folder)
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        command = [*launcher, *elastic,
-                   script or ROOT / "train.py", *TINY * tiny, "--output_dir", folder, *flags]  # fmt: skip
-        environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
-        environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        super().__init__([str(part) for part in command], cwd=ROOT, text=True, start_new_session=True, env=environment,
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
-
-    def workers(self) -> list[int]:
-        """Process ids of the ranks that live, in rank order."""
-        found = []
-        for children in Path(f"/proc/{self.pid}/task").glob("*/children"):
-            found += [int(pid) for pid in children.read_text().split()]
-        return found
-
-    def kill_all(self) -> None:
-        """As when the machine goes down: torchrun, ranks and graders at once. Each rank has a session of its own."""
-        for group in (*self.workers(), self.pid):
-            with suppress(ProcessLookupError):
-                os.killpg(group, signal.SIGKILL)
-        self.communicate()
-
-    def result(self, timeout=240) -> Result:
-        out, err = self.communicate(timeout=timeout)
-        return Result(self.returncode, out, err, self.folder)
+def start(command, **streams) -> subprocess.Popen:
+    streams = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) | streams
+    return subprocess.Popen([str(part) for part in command], cwd=ROOT, env=ALONE, **streams)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def torchrun():
-    """torchrun(folder, *flags, ranks=2) -> a running Torchrun; whatever is still alive at the end is killed."""
+    """torchrun(folder, *flags) -> torchrun, running; it ends at the latest here."""
     started = []
 
-    def start(*arguments, **options) -> Torchrun:
-        started.append(Torchrun(*arguments, **options))
+    def run(folder, *flags, nodes="--standalone --nproc_per_node=2", script=ROOT / "train.py"):
+        command = [sys.executable, "-m", "torch.distributed.run", *nodes.split(), script, *TINY]
+        both = dict(stderr=subprocess.PIPE)
+        started.append(start([*command, "--output_dir", folder, *flags], **both))
         return started[-1]
 
-    yield start
+    yield run
     for process in started:
-        if process.poll() is None:
-            process.kill_all()
+        process.terminate()
+        process.communicate(timeout=60)

@@ -65,9 +65,8 @@ def test_groups_and_claims_have_their_arms_and_budgets_agree():
 
 
 def test_paired_statistics_by_hand():
-    # mean 2, s^2 = (4 + 0 + 0 + 4 + 0) / 4 = 2, standard error sqrt(2/5) = 0.63246, t = 3.1623
     pytest.importorskip("scipy")  # in bench/requirements.txt only
-    s = study.statistics([0.0, 2.0, 2.0, 4.0, 2.0])
+    s = study.statistics([0.0, 2.0, 2.0, 4.0, 2.0])  # s^2 = 2, error sqrt(2/5), t = 3.1623
     assert (s["mean"], s["p"]) == pytest.approx((2.0, 0.0341), abs=1e-4)
     wanted = (2.77645 * 0.63246, (2.77645 + 0.94096) * 0.63246)
     assert (s["half"], s["detectable"]) == pytest.approx(wanted, abs=1e-4)
@@ -98,7 +97,7 @@ def corrections(lengths, spans, verdicts):
 
 
 def test_random_tokens_are_as_many_but_not_the_analysis(monkeypatch):
-    monkeypatch.setattr(train, "make_examples", train.make_examples)  # put back afterwards
+    monkeypatch.setattr(train, "make_examples", train.make_examples)  # put back at the end
     study.random_tokens(train, seed=0)
     group = corrections([93, 60], [(2, 49), None], ["right", "wrong"])
     mask = analysis_mask(group.spans, 93, [True, False])

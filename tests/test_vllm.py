@@ -1,266 +1,268 @@
-"""vLLM's engine, for real, on its CPU build: under torchrun with 1 and 2 ranks, beside a DistributedDataParallel trainer.
+"""vLLM's engine beside a trainer: on vLLM's CPU build or, unchanged, on a GPU, where it has CUDA
+graphs, bfloat16 and real sleep (two ranks need two GPUs):
 
-This file is also what torchrun starts: `worker` below runs in every rank, and writes what it found to a JSON file of its own.
+    pip install -r requirements-vllm.txt && python -m pytest tests/test_vllm.py
+
+The tests with a fake vLLM need neither. Every rank of the others runs `worker`, at the end.
 """
 
+import functools
 import importlib.util
 import json
+import logging
 import os
-import re
+import pickle
+import random
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
+import numpy
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
-TOY = str(ROOT / "toy")
+import rollout
+
+ROOT = str(Path(__file__).resolve().parent.parent)
+TOY = f"{ROOT}/toy"
 PADDING = 37  # rows of the embedding that no token has
+GPU = torch.cuda.is_available()
+LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
-if importlib.util.find_spec("vllm") is None:
-    pytest.skip("vLLM is not installed: pip install -r requirements-vllm.txt (GPU) or requirements-vllm-cpu.txt",
-                allow_module_level=True)  # fmt: skip
+# (mean, max) of |log pi - log mu|. In bfloat16 means of 0.01 to 0.02 are reported of healthy runs,
+# 0.2 of stale weights, and single tokens differ by more. One step of SGD here makes a mean of 0.5.
+AGREE = (0.05, 1.0) if GPU else (1e-4, 1e-3)
+STALE = (0.1, 1.0)
 
-
-def environment():
-    quiet = {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "VLLM_LOGGING_LEVEL": "ERROR"}
-    left_out = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    return {k: v for k, v in os.environ.items() if k not in left_out} | quiet | {"PYTHONPATH": str(ROOT)}
-
-
-def torchrun(ranks: int, script: str, *arguments, timeout=900, **variables):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return subprocess.run([*launcher, script, *map(str, arguments)], cwd=ROOT, env=environment() | variables, text=True,
-                          capture_output=True, timeout=timeout)  # fmt: skip
+RUNS = {  # name: what starts its workers, how many they are, is the head tied to the embedding
+    "python": ("", 1, True),
+    "torchrun": ("-m torch.distributed.run --standalone --nproc_per_node=1", 1, False),
+    "two ranks": ("-m torch.distributed.run --standalone --nproc_per_node=2", 2, True),
+}
 
 
-def work(ranks: int, *arguments, timeout=900) -> list[dict]:
-    """What each rank's `worker` reports, in rank order."""
-    with tempfile.TemporaryDirectory() as folder:  # not printed: two ranks' lines may get into one another
-        done = torchrun(ranks, __file__, *arguments, timeout=timeout, REPORTS=folder)
+@functools.cache
+def reports(run: str) -> list[dict]:
+    """What the run's workers found, by rank; what they assert themselves fails here."""
+    launcher, ranks, tied = RUNS[run]
+    if not importlib.util.find_spec("vllm"):
+        pytest.skip("no vLLM: pip install -r requirements-vllm.txt, without a GPU -vllm-cpu.txt")
+    if GPU and torch.cuda.device_count() < ranks:
+        pytest.skip(f"{ranks} ranks need {ranks} GPUs")
+    environment = {k: v for k, v in os.environ.items() if k not in LAUNCH} | {"PYTHONPATH": ROOT}
+    if not GPU:
+        environment |= dict(TORCHDYNAMO_DISABLE="1", OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(folder, tied)
+        command = [sys.executable, *launcher.split(), __file__, folder]
+        done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=600)
         assert done.returncode == 0, done.stderr[-4000:]
+        assert "Failed to load weights" not in done.stderr and "process group" not in done.stderr
         return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
-@pytest.fixture(scope="module")
-def reports(tmp_path_factory):
-    """One run with one rank and one with two, of a model with tied embeddings, padded beyond the tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = AutoTokenizer.from_pretrained(TOY)
-    model = AutoModelForCausalLM.from_pretrained(TOY)
+def save_model(folder: str, tied: bool) -> None:
+    """The toy with rows past its tokenizer, of likely ids if they were not forbidden."""
+    tokenizer, model = AutoTokenizer.from_pretrained(TOY), AutoModelForCausalLM.from_pretrained(TOY)
     model.resize_token_embeddings(len(tokenizer) + PADDING)
-    with torch.no_grad():  # likely ids, if they were not forbidden: the mean direction, and stronger
-        embedding = model.get_input_embeddings().weight
-        embedding[len(tokenizer) :] = 1.5 * embedding[tokenizer("Step 1").input_ids[-1]]
+    embedding = model.get_input_embeddings().weight.data
+    embedding[len(tokenizer) :] = 1.5 * embedding[tokenizer("Step 1").input_ids[-1]]
+    if not tied:
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(1.1 * embedding)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    assert model.config.tie_word_embeddings and model.config.vocab_size == len(tokenizer) + PADDING
-    return {ranks: work(ranks, folder) for ranks in (1, 2)}
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_engine_and_trainer_agree_after_every_push(reports, ranks):
-    for report in reports[ranks]:
-        for when in ("loaded", "pushed", "pushed ten times"):
-            assert report[when]["max"] <= 1e-3, (when, report)
-            assert report[when]["greedy"] == 1.0
+@pytest.mark.parametrize("run", RUNS)
+def test_engine_and_trainer_agree_unless_a_push_was_skipped(run):
+    for report in reports(run):
+        print(run, report["gaps"])
+        mean, most = report["gaps"].pop("push skipped")
+        assert mean > STALE[0] and most > STALE[1]
+        for mean, most in report["gaps"].values():
+            assert mean <= AGREE[0] and most <= AGREE[1]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_skipped_push_shows(reports, ranks):
-    for report in reports[ranks]:
-        assert report["not pushed"]["mean"] > 1e-2 and report["not pushed"]["max"] > 0.5
+@pytest.mark.skipif(GPU, reason="on a GPU the batch decides the last bit of a logit")
+def test_a_sample_follows_from_its_seed_on_any_rank():  # where it is in another batch
+    (alone,), both = reports("python"), reports("two ranks")
+    assert alone["ids"] == [both[b % 2]["ids"][b // 2] for b in range(11)]
+    assert len({str(ids) for ids in alone["ids"][0]}) > 1
 
 
-def test_a_sample_follows_from_its_seed_on_any_rank(reports):
-    """Rank r of 2 had every second question, and so another batch."""
-    (alone,), both = reports[1], reports[2]
-    assert len({json.dumps(s) for group in alone["ids"] for s in group}) > len(alone["ids"])
-    for b, group in enumerate(alone["ids"]):
-        assert group == both[b % 2]["ids"][b // 2]
-    assert not alone["other seeds"] and alone["again"] and all(report["again"] for report in both)
+# ------------------------------------------------------------------------------------- a fake vLLM
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_padding_is_forbidden_and_endings_are_honest(reports, ranks):
-    for report in reports[ranks]:
-        assert report["padding mass"] > 0.01, "the test's padding should have been likely"
-        assert report["highest id"] < report["tokenizer"]
-        assert report["endings"] == {"finished has eos last": True, "cut off is full": True, "both occur": True}
-        assert report["lengths agree"] and report["progress"] == report["samples"]
+@pytest.fixture
+def fake():
+    """A stand-in for vllm.LLM that changes in the process what the real one does."""
+
+    def build(*_, **__):
+        torch.set_num_threads = lambda count: None
+        now = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high" if now == "highest" else "highest")
+        torch.rand(1), numpy.random.rand(), random.random()
+        return mock.DEFAULT  # the return value
+
+    llm = mock.Mock(side_effect=build)
+    ours = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
+    environment = mock.patch.dict(os.environ, ours, clear=True)
+    with environment, mock.patch.dict(sys.modules, vllm=mock.Mock(LLM=llm)):
+        yield llm
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_the_trainer_s_process_group_survives(reports, ranks):
-    assert [report["sum of ranks + 1"] for report in reports[ranks]] == [sum(range(1, ranks + 1))] * ranks
-    weights = [report["weights"] for report in reports[ranks]]
-    assert weights == weights[:1] * ranks  # DDP kept the ranks alike through updates around the engine
+def on_cuda(beyond=0) -> rollout.VLLMEngine:
+    tokenizer = AutoTokenizer.from_pretrained(TOY)
+    model = mock.Mock(device=torch.device("cuda"), dtype=torch.bfloat16)
+    model.config.vocab_size, model.generation_config.eos_token_id = len(tokenizer) + beyond, 272
+    return rollout.VLLMEngine(model, tokenizer, model_path="padded", max_context=32_768)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_an_error_in_the_engine_is_one_line_that_names_it(reports, ranks):
-    for report in reports[ranks]:
-        assert report["error"].startswith("vLLM engine: ") and "\n" not in report["error"]
-        assert report["after the error"]["max"] <= 1e-3
+def test_more_ids_than_a_gpu_can_forbid_are_refused_in_one_line(fake):
+    assert len(on_cuda(1024).forbidden) == 1024
+    with pytest.raises(ValueError, match="^--model padded: 1,025 .* --rollout transformers$"):
+        on_cuda(1025)
 
 
-def test_the_self_test_passes():
-    done = torchrun(2, "rollout.py", "--selftest", "toy", "--rollout", "vllm")
-    assert done.returncode == 0 and done.stdout.count("PASS") == 2, done.stdout + done.stderr[-3000:]
+def test_on_cuda_weights_wake_before_a_push_and_the_cache_after_it(fake):
+    engine, model, said = on_cuda(), mock.Mock(state_dict=dict), mock.call
+    engine.sleep()
+    with pytest.raises(RuntimeError, match="needs wake"):
+        engine.generate([], 1, temperature=1.0, max_new_tokens=1, seeds=[])
+    engine.wake()
+    engine.update_weights(model)
+    assert engine.llm.mock_calls == [
+        said.sleep(level=2),
+        said.wake_up(tags=["weights"]),
+        said.collective_rpc("reload_weights", kwargs=mock.ANY),
+        said.wake_up(tags=["kv_cache"]),
+        said.reset_prefix_cache(),
+    ]
+    engine.llm.reset_prefix_cache.return_value = False
+    with pytest.raises(RuntimeError, match="keys and values of the old weights"):
+        engine.update_weights(model)
+    with pytest.raises(RuntimeError, match="needs wake"):  # nothing is sampled with them
+        engine.generate([], 1, temperature=1.0, max_new_tokens=1, seeds=[])
 
 
-def test_the_self_test_without_torchrun():
-    command = [sys.executable, "rollout.py", "--selftest", "toy", "--rollout", "vllm"]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), text=True, capture_output=True, timeout=900)
-    assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith("PASS"), done.stdout + done.stderr[-3000:]
+def test_the_process_stays_the_trainer_s_and_the_environment_the_user_s(fake, caplog):
+    before = process()
+    os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "1"
+    on_cuda()
+    assert process() == before
+    assert fake.call_args.kwargs["max_num_batched_tokens"] == 8192
+    assert os.environ["VLLM_USE_FLASHINFER_SAMPLER"] == os.environ["VLLM_NO_USAGE_STATS"] == "1"
+    log = logging.getLogger("vllm.model_executor.model_loader.reload.layerwise")
+    for layer in ("Llama3RotaryEmbedding", "RowParallelLinear"):
+        log.warning("%s: Failed to load weights", layer)  # what vLLM says
+    assert caplog.messages == ["RowParallelLinear: Failed to load weights"]
 
 
-@pytest.mark.parametrize("how", ["out of memory", "killed"])
-def test_an_engine_lost_in_mid_generation_ends_every_rank(how, tmp_path):
-    """Training with two ranks; rank 1's engine fails, or dies with its process, at its 60th step of sampling."""
-    driver = tmp_path / "driver.py"
-    driver.write_text(f"""if __name__ == "__main__":
-    import os, signal, sys
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    import torch, vllm.v1.engine.llm_engine as engine, train
-    step, calls = engine.LLMEngine.step, []
-    def failing(self):
-        calls.append(1)
-        if os.environ["RANK"] == "1" and len(calls) == 60:
-            if {how == "killed"}:
-                os.kill(os.getpid(), signal.SIGKILL)
-            raise torch.OutOfMemoryError("out of memory, in the test")
-        return step(self)
-    engine.LLMEngine.step = failing
-    train.main(sys.argv[1:])
-""")
-    flags = "--rollout vllm --max_context 512 --questions_per_step 4 --group_size 4 --steps 50 --eval_questions 0 --updates_per_rollout 1"
-    done = torchrun(2, str(driver), *flags.split(), "--pool_trigger", 4, "--output_dir", tmp_path / "out", timeout=600)
-    errors = re.findall(r"error: rank (\d), after step \d+: (.*)", done.stderr)  # may follow a progress bar's line
-    assert done.returncode != 0, done.stderr[-3000:]
-    if how == "killed":  # torchrun names it; rank 0 does unless torchrun's SIGTERM came first, while it was sampling
-        assert "exitcode  : -9" in done.stderr and all(cause.startswith("lost rank 1") for _, cause in errors)
-    else:  # the line may blame a rank that had not noticed yet, the rank's traceback has the cause
-        assert errors, done.stderr[-3000:]
-        cause = (tmp_path / "out" / "error_rank_1.txt").read_text()
-        assert "RuntimeError: vLLM engine: OutOfMemoryError: out of memory, in the test\n" in cause
+# ------------------------------------------------------------------------------------ in every rank
 
 
-@pytest.mark.slow
-def test_200_rollouts_with_pushes_in_flat_memory():
-    (report,) = work(1, TOY, "memory", timeout=3000)
-    early, late = report["resident"][40:60], report["resident"][180:]
-    assert max(late) <= 1.05 * min(early), report["resident"][::20]
-    assert report["max"] <= 1e-3
+def process() -> dict:
+    """What building an engine must leave as it is."""
+    states = [random.getstate(), numpy.random.get_state(), torch.get_rng_state().tolist()]
+    states += [torch.cuda.get_rng_state().tolist()] if GPU else []
+    return {
+        "random states": pickle.dumps(states),
+        "float32": torch.get_float32_matmul_precision(),
+        "threads": (torch.set_num_threads, torch.get_num_threads()),
+        "launch": [os.environ.get(name) for name in LAUNCH],
+    }
 
 
-# ---------------------------------------------------------------------------------------------------- in each rank
+@torch.no_grad()
+def gap(model, prompts, groups, temperature, vocabulary) -> tuple[float, float]:
+    """(mean, max) of |log pi - log mu| over the sampled ids; log pi by a plain forward a sample."""
+    gaps = []
+    for prompt, sample in [(p, s) for p, samples in zip(prompts, groups) for s in samples]:
+        ids = torch.tensor(prompt + sample.token_ids, device=model.device)
+        logits = model(ids[None]).logits[0, len(prompt) - 1 : -1, :vocabulary] / temperature
+        logp = logits.float().log_softmax(-1).gather(-1, ids[len(prompt) :, None])[:, 0]
+        gaps.append((logp.cpu() - torch.tensor(sample.logprobs)).abs())
+    return torch.cat(gaps).mean().item(), torch.cat(gaps).max().item()
 
 
-def worker(folder: str, mode: str = "report") -> None:
-    import torch.distributed as dist
-    from torch.nn.parallel import DistributedDataParallel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from rollout import disagreement, load_problems, make_engine, render, sample_seed
-
-    dist.init_process_group("gloo")
-    rank, world = dist.get_rank(), dist.get_world_size()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    engine = make_engine("vllm", model, tokenizer, model_path=folder, max_context=256)
-    policy = DistributedDataParallel(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
-    problems = load_problems(f"{TOY}/train.jsonl")
+def worker(folder: str) -> None:
+    rank, world, device = rollout.start_distributed()
+    model, tokenizer = rollout.load_policy(folder, torch.bfloat16 if GPU else torch.float32, device)
+    torch.set_float32_matmul_precision("high"), torch.set_num_threads(2)
+    before = process()
+    engine = rollout.make_engine("vllm", model, tokenizer, model_path=folder, max_context=256)
+    assert process() == before, [name for name, value in process().items() if value != before[name]]
+    torch.set_float32_matmul_precision("highest"), torch.set_num_threads(1)
+    policy, optimizer = DistributedDataParallel(model), torch.optim.SGD(model.parameters(), lr=0.04)
+    problems = rollout.load_problems(f"{TOY}/train.jsonl")
     mine = range(rank, 11, world)  # 6 questions on rank 0 of 2, 5 on rank 1
-    prompts = [render(tokenizer, problems[b].problem) for b in mine]
-    report = {"rank": rank, "tokenizer": len(tokenizer)}
+    prompts = [rollout.render(tokenizer, problems[b].problem) for b in mine]
+    seeds = [[rollout.sample_seed(0, 1, b, i) for i in range(4)] for b in mine]
+    gaps = {}
 
-    def sample(step=0, length=80, n=4, **options):
-        seeds = [[sample_seed(0, step, b, i) for i in range(n)] for b in mine]
-        return engine.generate(prompts, n, temperature=0.7, max_new_tokens=length, seeds=seeds, **options)
+    def sample(length=80):
+        return engine.generate(prompts, 4, temperature=0.7, max_new_tokens=length, seeds=seeds)
 
-    def compare():
-        mean, most, _ = disagreement(Cut(model, len(tokenizer)), prompts, sample(), 0.7)
-        greedy = engine.generate(prompts, 1, temperature=0.0, max_new_tokens=60, seeds=[[0]] * len(prompts))
-        return {"mean": mean, "max": most, "greedy": disagreement(Cut(model, len(tokenizer)), prompts, greedy, 1.0)[2]}
+    def compare(when):
+        gaps[when] = gap(model, prompts, sample(), 0.7, len(tokenizer))
 
     def update():
-        for p in prompts[:2]:
-            policy(input_ids=torch.tensor([p]), labels=torch.tensor([p])).loss.backward()
-        optimizer.step()
         optimizer.zero_grad()
+        tokens = torch.tensor([prompts[0]], device=device)
+        policy(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
 
     def push():
+        free = torch.cuda.mem_get_info()[0] if GPU else 0
         engine.sleep()
+        assert not GPU or torch.cuda.mem_get_info()[0] > free, "sleep gave no memory"
         engine.wake()
         engine.update_weights(model)
 
-    if mode == "memory":
-        report["resident"] = []
-        for step in range(200):
-            optimizer.param_groups[0]["lr"] = 1e-4
-            update()
-            push()
-            sample(step, n=2)
-            pages = int(Path("/proc/self/statm").read_text().split()[1])
-            report["resident"].append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
-        report |= compare()
-    else:
-        report["loaded"] = compare()
-        finished = []
-        groups = sample(progress=finished.append)
-        samples = [s for group in groups for s in group]
-        report["ids"] = [[s.token_ids for s in group] for group in groups]
-        report["again"] = [[s.token_ids for s in group] for group in sample()] == report["ids"]
-        report["other seeds"] = [[s.token_ids for s in group] for group in sample(step=1)] == report["ids"]
-        report |= {"progress": sum(finished), "samples": len(samples)}
-        report["highest id"] = max(max(s.token_ids) for s in samples)
-        first = torch.tensor([prompts[0] + samples[0].token_ids])
-        with torch.no_grad():
-            report["padding mass"] = model(first).logits.softmax(-1)[..., len(tokenizer) :].sum(-1).max().item()
-        short = [s for group in sample(length=42) for s in group]
-        eos = tokenizer.eos_token_id
-        report["endings"] = {
-            "finished has eos last": all((s.token_ids[-1] == eos) == s.finished for s in short),
-            "cut off is full": all(s.finished or len(s.token_ids) == 42 for s in short),
-            "both occur": {s.finished for s in short} == {True, False},
-        }
-        report["lengths agree"] = all(len(s.token_ids) == len(s.logprobs) for s in short)
+    compare("as loaded")
+    ids = [[sample.token_ids for sample in group] for group in sample()]
+    first = torch.tensor([prompts[0] + ids[0][0]], device=device)
+    assert model(first).logits.argmax(-1).max() >= len(tokenizer), "the padding is not likely"
+    assert max(max(tokens) for group in ids for tokens in group) < len(tokenizer)
+
+    # Of several stop ids one is the last id of what finished, and stands nowhere else.
+    end, engine.stop = engine.stop, [*engine.stop, *tokenizer("9").input_ids]
+    short = [s for group in sample(length=42) for s in group]
+    for s in short:
+        stops = [token in engine.stop for token in s.token_ids]
+        assert stops == [False] * (len(stops) - 1) + [s.finished] and len(s.logprobs) == len(stops)
+        assert s.finished or len(stops) == 42
+    assert len({(s.finished, s.token_ids[-1] in end) for s in short}) == 3, "not all three occurred"
+    engine.stop = end
+
+    update()
+    compare("push skipped")
+    push()
+    compare("pushed")
+    for _ in range(9):
         update()
-        report["not pushed"] = compare()
         push()
-        report["pushed"] = compare()
-        for _ in range(10):
-            update()
-            push()
-        report["pushed ten times"] = compare()
-        try:
-            engine.generate([[300] * 300], 1, temperature=1.0, max_new_tokens=5, seeds=[[0]])
-        except RuntimeError as error:
-            report["error"] = str(error)
-        report["after the error"] = compare()
-        number = torch.tensor(rank + 1)
-        dist.all_reduce(number)
-        report["sum of ranks + 1"] = number.item()
-        report["weights"] = [w.double().sum().item() for w in model.parameters()]
-    Path(os.environ["REPORTS"], f"{rank}.json").write_text(json.dumps(report))
+    compare("pushed ten times")
+    Path(folder, f"{rank}.json").write_text(json.dumps({"ids": ids, "gaps": gaps}))
 
+    weights = [weight.double().sum().item() for weight in model.parameters()]
+    assert rollout.gather([weights]) == [weights] * world, "the process group is not what it was"
 
-class Cut:
-    """The trainer's model without the padding of its embedding, whose mass the engine gives to the other ids."""
-
-    def __init__(self, model, vocabulary):
-        self.model, self.vocabulary, self.device = model, vocabulary, model.device
-
-    def __call__(self, **inputs):
-        out = self.model(**inputs)
-        out.logits = out.logits[..., : self.vocabulary]
-        return out
+    engine.llm.enqueue([{"prompt_token_ids": prompts[0]}], engine.parameters(), use_tqdm=False)
+    engine.llm.llm_engine.step()
+    with pytest.raises(RuntimeError, match="keys and values of the old weights"):
+        engine.update_weights(model)  # the request has some, and keeps them
+    engine.close()
+    if world == 1 and not GPU:  # another run in the same process
+        rollout.start_distributed()
+        engine = rollout.make_engine("vllm", model, tokenizer, model_path=folder, max_context=256)
+        assert [[s.token_ids for s in group] for group in sample()] == ids
+        engine.close()
 
 
 if __name__ == "__main__":
