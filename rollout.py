@@ -592,6 +592,8 @@ def make_engine(kind: str, model, tokenizer, *, model_path, max_context, memory_
             engine = VLLMEngine(model, tokenizer, model_path=model_path, **options)
         else:
             engine = TransformersEngine(model, tokenizer, **options)
+    except ValueError:
+        raise
     except Exception as problem:  # not installed, or a model without a cache
         remedy = "install requirements-vllm.txt, or choose the other engine"
         raise ValueError(f"--rollout {kind} cannot be had: {problem}; {remedy}") from problem
