@@ -69,7 +69,7 @@ class Grader(contextlib.ExitStack):
         jobs = [pair for pair in dict.fromkeys(pairs) if pair not in known]  # samples often agree
         with ThreadPoolExecutor(len(self.idle)) as threads:  # they only wait for the workers
             known.update(zip(jobs, threads.map(self.mark, jobs)))
-        return [known[pair] for pair in pairs]
+        return [known[pair] for pair in pairs]  # Eq. 1
 
     def mark(self, pair):
         """One verdict. A worker has one answer at a time, so no other is lost with it."""

@@ -219,7 +219,7 @@ def measure(run, train, fixed: Path) -> dict:
     """What is measured of a policy, in place of train.py's evaluation: the same seeds for all arms
     at a seed of the run. `fixed`: file of the errors that all runs correct, wrong answers of the
     untrained policy to held-out problems; where it is not there, this run makes it."""
-    from evaluate import correction_tasks
+    from evaluate import correction_tasks, records
     from rollout import Task
 
     config = run.config
@@ -235,7 +235,7 @@ def measure(run, train, fixed: Path) -> dict:
         return float(np.mean(rewards)) if rewards else math.nan
 
     def to_correct(answers, reward):
-        asked = [group for group in answers if group.rewards == [reward]]
+        asked = records([group for group in answers if group.rewards == [reward]])
         context = run.engine.max_context
         return correction_tasks(run.tokenizer, asked, config.max_new_tokens, context)
 

@@ -1,6 +1,7 @@
 """evaluate.py: the same samples whatever happens to a run, and figures that are what they are called."""
 
 import itertools
+import fcntl
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 import evaluate
-from reward import Grader
+from reward import Grader, grade
 from rollout import Group, Sample
 
 torch.set_num_threads(1)  # two threads on a busy machine are slower than one
@@ -166,7 +167,7 @@ def test_other_settings_problems_weights_prompts_are_refused_by_name(baseline, r
 
     def refused(name, *change):
         code, _, err = run(*flags, "--output", one, *change)
-        assert code == 2 and f"another {name}" in one_error(err)
+        assert code == 2 and f"begun with {name} " in one_error(err)
 
     refused("seed", "--seed", 1)
     refused("temperature", "--temperature", 0.7)
@@ -184,13 +185,14 @@ def test_other_settings_problems_weights_prompts_are_refused_by_name(baseline, r
     weights[-1] ^= 1
     (toy / "model.safetensors").write_bytes(weights)
     code, _, err = run(*own)
-    assert code == 2 and "another weights" in one_error(err)
+    assert code == 2 and "begun with weights " in one_error(err)
     assert before == (completions(one), (one / "graded.csv").read_bytes())
 
 
 def test_a_second_writer_is_refused(baseline, run, tmp_path):
     flags, _ = baseline
-    _, lock = evaluate.claim(tmp_path, {}, 0)
+    lock = open(tmp_path / ".lock0", "w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
     code, _, err = run(*flags, "--output", tmp_path)
     assert code == 2 and "another process is writing there" in one_error(err)
     lock.close()
@@ -220,8 +222,7 @@ def test_the_table_is_what_the_files_say(baseline):
     _, one = baseline
     rows = lines(one / "completions" / "alpha.jsonl")
     assert [(r["question"], r["sample"]) for r in rows] == [(q, i) for i in range(3) for q in range(14)]
-    with Grader() as grader:
-        right = np.array(grader.grade([r["response"] for r in rows], [r["gold"] for r in rows])).reshape(3, 14)
+    right = np.array(grade([r["response"] for r in rows], [r["gold"] for r in rows])).reshape(3, 14)
     summary = json.loads((one / "summary.json").read_text())
     figures = summary["alpha"]
     assert (figures["questions"], figures["k"], figures["samples"]) == (14, 3, 42)
@@ -234,8 +235,7 @@ def test_the_table_is_what_the_files_say(baseline):
     was = {(r["question"], r["sample"]): bool(x) for r, x in zip(rows, right.ravel())}
     fixed = lines(one / "completions" / "alpha.corrections.jsonl")
     assert {(r["question"], r["sample"]) for r in fixed} == {key for key, r in zip(was, rows) if r["finished"]}
-    with Grader() as grader:
-        now = grader.grade([r["solution"] for r in fixed], [r["gold"] for r in fixed])
+    now = grade([r["solution"] for r in fixed], [r["gold"] for r in fixed])
     for before, name, counts in ((False, "wrong put right", 1), (True, "right spoiled", 0)):
         part = [x == counts for r, x in zip(fixed, now) if was[r["question"], r["sample"]] == before]
         assert summary[f"alpha: {name}"]["samples"] == len(part) > 5
