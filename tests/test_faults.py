@@ -107,7 +107,8 @@ def test_n_and_n_steps_are_2n_steps(flags, launch, tmp_path):
 def test_a_run_of_others_is_not_touched(launch, tmp_path):
     """Without --resume, with other settings, data, first prompt or ranks, or while another writes:
     one line that names it."""
-    data, model = shutil.copy(FEW, tmp_path / "data.jsonl"), shutil.copytree(TOY, tmp_path / "model")
+    data = shutil.copy(FEW, tmp_path / "data.jsonl")
+    model = shutil.copytree(TOY, tmp_path / "model")
     mine = ["--train_data", data, "--model", model]
     mine += "--algorithm grpo --schedule cosine --steps 1".split()
     assert launch(tmp_path / "run", *mine).code == 0

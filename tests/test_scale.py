@@ -7,22 +7,10 @@ import socket
 
 import pytest
 import torch
-import torch.distributed as dist
-from conftest import RANK, TOY, same_weights
+from conftest import TOY, same_weights
 from transformers import AutoModelForCausalLM
 
 import train
-from rollout import start_distributed
-
-
-@pytest.fixture
-def alone(monkeypatch):
-    """A process group of one, as train.py's own."""
-    for name in RANK:
-        monkeypatch.delenv(name, raising=False)
-    start_distributed()
-    yield
-    dist.destroy_process_group()
 
 
 def toy_model(dtype=torch.float32):
