@@ -12,7 +12,6 @@ import weakref
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,7 +67,7 @@ def shards(folder):
 
 
 def assert_same(run, undisturbed):
-    """Every metric but the clock's and every sample; at the end weights, moments, pool and state."""
+    """Every metric but the clock's, every sample; at the end weights, moments, pool and state."""
     assert run.code == 0, run.err
     assert run.comparable() == undisturbed.comparable() and run.samples == undisturbed.samples
     same = shards(run.folder) == shards(undisturbed.folder)
@@ -110,7 +109,7 @@ def test_a_run_of_others_is_not_touched(launch, tmp_path):
     data = shutil.copy(FEW, tmp_path / "data.jsonl")
     model = shutil.copytree(TOY, tmp_path / "model")
     mine = ["--train_data", data, "--model", model]
-    mine += "--algorithm grpo --schedule cosine --steps 1".split()
+    mine += "--algorithm grpo --schedule cosine --steps 1 --max_context 400".split()
     assert launch(tmp_path / "run", *mine).code == 0
 
     def refused(said, *flags):
@@ -196,25 +195,6 @@ def test_a_damaged_shard_is_named_and_the_one_before_used(how, rank, ranks, done
     assert_same(run, done(2, 6))
 
 
-def test_no_flipped_byte_passes(done, tmp_path, monkeypatch):
-    """Of 60: refused, or what is loaded is what was saved. torch.load alone lets most pass."""
-    monkeypatch.setattr(train, "gather", list)
-    name, saved = shards(done(1, 4).folder)
-    data = (done(1, 4).folder / "checkpoints" / name / "rank_0.pt").read_bytes()
-    rng, refused, folder = random.Random(0), 0, tmp_path / "checkpoints" / name
-    folder.mkdir(parents=True)
-    for place in rng.sample(range(len(data)), 60):
-        flipped, loaded = bytearray(data), []
-        flipped[place] ^= 4
-        (folder / "rank_0.pt").write_bytes(flipped)
-        optimizer = SimpleNamespace(load_state_dict=loaded.append)
-        run = SimpleNamespace(output=tmp_path, rank=0, optimizer=optimizer, pool=None)
-        refused += not train.load_checkpoint(run)
-        same = not loaded or plain(loaded[0]) == saved["rank_0.pt"]["optimizer"]
-        assert same, place
-    assert refused > 50
-
-
 def test_when_all_are_damaged_the_run_starts_again(done, launch, tmp_path):
     folder = copied(done(1, 4), tmp_path / "run")
     for shard in folder.glob("checkpoints/*/rank_0.pt"):
@@ -270,8 +250,8 @@ train.gather = signalled
 
 
 def test_ddp_is_gone_before_the_process_group(launch, tmp_path, monkeypatch):
-    """Else its destructor ends the group, with Python's lock held, for which gloo's thread may wait:
-    of 150 runs on 2 ranks one hung at its end."""
+    """Else its destructor ends the group, with Python's lock held, for which gloo's thread may
+    wait: one of 150 runs on 2 ranks hung at its end."""
     wrapped, left, destroy = [], [], train.dist.destroy_process_group
 
     def wrap(*arguments, **keywords):

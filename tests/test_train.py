@@ -1,5 +1,5 @@
-"""train.py: a step is the method's, from samples to gradient, in float64; what is exact is exact; what
-a run writes, says and refuses. Nothing hinges on the last bit of a float32 sum."""
+"""train.py: a step is the method's, from samples to gradient, in float64; the same weights give the
+same samples; what a run writes, warns of and refuses. No last bit of a float32 sum matters."""
 
 import hashlib
 import json
@@ -33,20 +33,20 @@ TOKENIZER = AutoTokenizer.from_pretrained(TOY)
 
 # ------------------------------------------------ one step, from samples to gradient, by the oracle
 #
-# A scripted engine answers; trial_and_error or self_correction, make_examples and update do the rest
-# on 1, 2 and 3 ranks with micro-batches of any size. What each optimizer step finds in the gradients,
-# and the metrics, are compared with tests/oracle.py, one unpadded sequence at a time.
+# A scripted engine answers; trial_and_error or self_correction, make_examples and update do the
+# rest, on 1, 2 and 3 ranks with micro-batches of any size. The gradients of each optimizer step and
+# the metrics are compared with tests/oracle.py, one unpadded sequence at a time.
 
 QUESTIONS = [Problem(f"What is {b} + 1?", f"{b + 1}", "") for b in range(4)]
-COMMON = ("--questions_per_step 4 --group_size 3 --pool_trigger 4 --min_variance 0 --temperature 0.7 "
-          "--max_new_tokens 44 --importance_cap 1.3 --updates_per_rollout 1 --seed 3")  # fmt: skip
+COMMON = ("--questions_per_step 4 --group_size 3 --pool_trigger 4 --min_variance 0 --temperature "
+          "0.7 --max_new_tokens 44 --importance_cap 1.3 --updates_per_rollout 1")  # fmt: skip
 SOME, FEWER = {1, 2, 6, 9}, {0, 3, 4, 5, 7, 8}
 CASES = {  # name: stage, which samples of 12 are right, flags
     "grpo": (1, FEWER, ""),
     "four updates, two of them empty": (1, FEWER, "--updates_per_rollout 4"),
     "dapo with a KL": (1, FEWER, "--reduction dapo --beta 0.1 --clip_high 0.28"),
     "dr_grpo": (1, FEWER, "--reduction dr_grpo --scale none --beta 0.1 --updates_per_rollout 2"),
-    "overlong": (1, FEWER, "--algorithm dapo --dynamic_sampling 1 --overlong_cache 30 --clip_low 0.1"),
+    "overlong": (1, FEWER, "--algorithm dapo --dynamic_sampling 1 --overlong_cache 30"),
     "no cap": (1, FEWER, "--importance_cap 0"),
     "corrections, grpo with a KL": (2, SOME, "--beta 0.1"),
     "corrections, dapo": (2, SOME, "--reduction dapo --updates_per_rollout 2"),
@@ -87,17 +87,16 @@ class Script:
         self.rows = [scripted(stage, j, j in right) for j in range(12)]
 
     def generate(self, prompts, n, *, seeds, temperature, **_):
-        texts = [TOKENIZER.decode(prompt) for prompt in prompts]
-        asked = [next(b for b in range(4) if QUESTIONS[b].problem in text) for text in texts]
-        assert temperature == 0.7 and [len(row) for row in seeds] == [n] * len(prompts) == [3] * len(asked)
-        return [[self.sample(3 * b + i) for i in range(3)] for b in asked]
+        assert temperature == 0.7 and all(len(row) == n == 3 for row in seeds)
+        asked = [re.search(r"What is (\d) ", TOKENIZER.decode(prompt))[1] for prompt in prompts]
+        return [[self.sample(3 * int(b) + i) for i in range(3)] for b in asked]
 
     def sample(self, j):
         ids, _, log_mu = self.rows[j]
         return Sample(ids, log_mu, TOKENIZER.decode(ids).removesuffix("<|end|>"), j != 10)
 
     def verdicts(self, texts, golds):
-        return ["right" if final_answer(text) == gold else "wrong" for text, gold in zip(texts, golds)]
+        return ["right" if final_answer(t) == gold else "wrong" for t, gold in zip(texts, golds)]
 
 
 def scripted_step(case):
@@ -179,7 +178,7 @@ def on_ranks(rank, folder):
 
 @pytest.fixture(scope="module")
 def split(ranks, tmp_path_factory):
-    """split(case) -> [(groups, examples, metrics, gradients of each step, metrics of the update)]."""
+    """split(case) -> [what on_ranks kept, of each number of ranks, rank and budget]."""
     folder = tmp_path_factory.mktemp("split")
     patch = f"import test_train; test_train.on_ranks(rank, {str(folder)!r}); raise SystemExit(0)"
     job = ranks(folder / "run", ranks=3, patch=patch)
@@ -214,28 +213,30 @@ def expected(case, groups, examples):
         spans = [span and (0, span[1]) for span in spans]
     if c.credit == "response" or stage == 1:
         spans = [(0, n) for n in lengths]
-    rewards = [r + (oracle.overlong(n, 44, 30) if c.overlong_cache else 0) for r, n in zip(right, lengths)]
-    advantages = [a for b in range(0, 12, 3) for a in oracle.advantages(rewards[b : b + 3], c.scale)]
+    punished = [oracle.overlong(n, 44, 30) if c.overlong_cache else 0 for n in lengths]
+    rewards = np.add(right, punished).reshape(4, 3)
+    advantages = [a for row in rewards for a in oracle.advantages(row, c.scale)]
     assert [e.advantage for e in examples] == pytest.approx(advantages, abs=2e-6)
     advantages = [e.advantage for e in examples]  # to their last bit in float32
     with torch.no_grad():
         old, ref = ([row.tolist() for row in log_probabilities(m, samples)[0]]
                     for m in (model, tiny_model(1)))  # fmt: skip
     gaps = [[o - m for o, m in zip(o, s.logprobs)] for o, (_, s) in zip(old, samples)]
-    weights = [[oracle.token_weight(gap, 0, c.importance_cap or inf) if c.importance_cap else 1.0
-                for gap in row] for row in gaps]  # fmt: skip
-    knobs = dict(clip_low=c.clip_low, clip_high=c.clip_high, beta=c.beta, reduction=c.reduction, longest=44)
+    cap = c.importance_cap or inf
+    weights = [[oracle.token_weight(gap, 0, cap) if cap < inf else 1 for gap in x] for x in gaps]
+    knobs = {name: getattr(c, name) for name in ("clip_low", "clip_high", "beta", "reduction")}
     steps, losses, seen, widest = [], [], Counter(), 0
     for u in range(U):
-        part, (rows, entropies) = range(12 * u // U, 12 * (u + 1) // U), log_probabilities(model, samples)
-        columns = ([row.tolist() for row in rows], old, ref, advantages, weights)
-        columns = [[column[j] for j in part] for column in columns]
-        of_two = [spans[j] for j in part], [right[j] for j in part]
-        conditioned = c.success_conditioned and stage == 2
+        part = range(12 * u // U, 12 * (u + 1) // U)
+        rows, entropies = log_probabilities(model, samples)
+        columns = [row.tolist() for row in rows], old, ref, advantages, weights, spans, right
+        columns, conditioned = [[x[j] for j in part] for x in columns], c.success_conditioned
         if stage == 1:
-            J, gradient, _ = oracle.stage_one(*columns, **knobs)
+            conditioned = False
+            J, gradient, _ = oracle.stage_one(*columns[:5], longest=44, **knobs)
         else:
-            J, gradient, _ = oracle.stage_two(*columns, *of_two, success_conditioned=conditioned, **knobs)
+            knobs["success_conditioned"] = conditioned
+            J, gradient, _ = oracle.stage_two(*columns, longest=44, **knobs)
         masks = [oracle.attribution(lengths[j], spans[j], right[j], conditioned) for j in part]
         run = [(j, t) for j, mask in zip(part, masks) for t, m in enumerate(mask)
                if m and (advantages[j] or c.beta)]  # fmt: skip
@@ -245,12 +246,13 @@ def expected(case, groups, examples):
         for j, t in run:
             gap, log_p = gaps[j][t], rows[j][t].item()
             r, widest = oracle.token_ratio(log_p, old[j][t]), max(widest, abs(gap))
-            out = r > 1 + c.clip_high if advantages[j] > 0 else r < 1 - c.clip_low and advantages[j] < 0
+            below = advantages[j] < 0 and r < 1 - c.clip_low
+            above = advantages[j] > 0 and r > 1 + c.clip_high
             seen.update(entropy=entropies[j][t].item(), kl=oracle.token_kl(log_p, ref[j][t])[0],
-                        clip_fraction=out, capped_fraction=exp(gap) > (c.importance_cap or inf),
+                        clip_fraction=below or above, capped_fraction=exp(gap) > cap,
                         logp_gap=abs(gap), loss_tokens=1)  # fmt: skip
         model.zero_grad()
-        sum(-(rows[j] @ torch.tensor(g, dtype=torch.float64)) for j, g in zip(part, gradient)).backward()
+        sum(rows[j] @ -torch.tensor(g).double() for j, g in zip(part, gradient)).backward()
         steps.append({name: p.grad.clone() for name, p in model.named_parameters()})
         with torch.no_grad():
             for p in model.parameters():
@@ -261,7 +263,8 @@ def expected(case, groups, examples):
     metrics |= {"logp_gap_max": widest} | dict.fromkeys(["kl"] * (not c.beta))
     metrics |= {"loss": np.mean(losses), "grad_norm": 2.0} if steps else dict.fromkeys(
         ("loss", "grad_norm", "logp_gap_max"))  # fmt: skip
-    return steps, metrics | {"loss_tokens": n, "empty_updates": U - len(steps), "nonfinite_updates": 0}
+    counts = {"loss_tokens": n, "empty_updates": U - len(steps), "nonfinite_updates": 0}
+    return steps, metrics | counts
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -336,13 +339,13 @@ def test_from_the_same_weights_the_same_samples(launch, ranks, tmp_path):
         assert moved > 0.1 and apart < 0.01 * moved
 
 
-# -------------------------------------------------------------------------------- a run, from outside
+# ------------------------------------------------------------------------------ a run, from outside
 
 EVERY_STEP = set(
-    "step stage accuracy correction_success loss grad_norm loss_tokens clip_fraction entropy kl logp_gap "
-    "logp_gap_max capped_fraction empty_updates nonfinite_updates tokens_per_second mixed_groups "
-    "truncated mean_length right wrong ungradable pool_size visits dropped_errors questions samples "
-    "tokens seconds peak_memory_gb".split()
+    "step stage accuracy correction_success loss grad_norm loss_tokens clip_fraction entropy kl "
+    "logp_gap logp_gap_max capped_fraction empty_updates nonfinite_updates tokens_per_second right "
+    "wrong ungradable mixed_groups truncated mean_length pool_size visits dropped_errors questions "
+    "samples tokens seconds peak_memory_gb".split()
 )
 EVALUATED = {f"eval_{what}{se}" for what in ("accuracy", "correction") for se in ("", "_se")}
 SAMPLE = "step stage problem answer prompt response verdict finished analysis".split()
@@ -367,16 +370,20 @@ def standard(launch, tmp_path_factory):
 
 def test_writes_what_it_promises(standard, launch, tmp_path):
     assert standard.code == 0 and not standard.errors
-    assert {path.name for path in standard.folder.glob("[!.]*")} == {
-        "settings.json", "metrics.jsonl", "samples.jsonl", "curves.png", "checkpoints", "final"}  # fmt: skip
+    names = sorted(path.name for path in standard.folder.glob("[!.]*"))
+    assert names == "checkpoints curves.png final metrics.jsonl samples.jsonl settings.json".split()
     kept = sorted(path.name for path in (standard.folder / "checkpoints").iterdir())
     assert kept == ["step_000003", "step_000006"]
     assert (standard.folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
     saved = json.loads((standard.folder / "settings.json").read_text())
     assert saved.keys() == {*train.Config.__dataclass_fields__, "ranks", "problems", "first_prompt"}
     assert all(list(row) == SAMPLE for row in standard.samples)
-    again = launch(tmp_path / "run", "--model", standard.folder / "final", "--steps", 0, "--eval_questions", 8)
+    flags = "--steps 0 --eval_questions 8".split()
+    again = launch(tmp_path / "run", "--model", standard.folder / "final", *flags)
     assert all(again.metrics[0][name] == standard.metrics[-1][name] for name in EVALUATED)
+    before, after = (standard.metrics[i]["eval_accuracy"] for i in (0, -1))
+    assert re.search(rf"answered right +{before:.3f} ± [\d.]+ +{after:.3f} ± ", standard.out)
+    assert "--- the first prompt\n<|user|>Add " in standard.out
 
 
 def test_metrics_are_there_and_make_sense(standard):
@@ -386,7 +393,8 @@ def test_metrics_are_there_and_make_sense(standard):
         one, more = m["stage"] == 1, EVALUATED if i % 3 == 0 else set()
         assert set(m) == EVERY_STEP | more | {"discarded_groups" if one else "well_formed"}
         tokens, questions = tokens + round(16 * m["mean_length"]), questions + 4 * one
-        assert (m["step"], m["samples"], m["tokens"], m["questions"]) == (i, 16 * i, tokens, questions)
+        counts = (i, 16 * i, tokens, questions)
+        assert (m["step"], m["samples"], m["tokens"], m["questions"]) == counts
         shares = m["accuracy"], m["correction_success"]
         assert shares == ((m["right"] / 16, None) if one else (None, m["right"] / 16))
         assert m["right"] + m["wrong"] == 16 and m["truncated"] == m["ungradable"] == 0
@@ -409,14 +417,14 @@ def test_stages_pool_and_prompts_follow_from_the_samples(standard):
             turn = solution_prompt(group[0]["problem"])
             if error:
                 turn = correction_prompt(error["problem"], after_thinking(error["response"]))
-                assert (group[0]["problem"], group[0]["answer"]) == (error["problem"], error["answer"])
+                assert all(group[0][name] == error[name] for name in ("problem", "answer"))
             assert group[0]["prompt"] == f"<|user|>{turn}<|assistant|>"
             wrong = [r for r in group if r["verdict"] != "right" and r["finished"]]
             if not error and wrong and oracle.is_informative([r not in wrong for r in group], 0.15):
                 pool.append(wrong[0])  # Eq. 8
         for r in rows:  # Eq. 11: without its two sections a correction has no solution
-            said = r["response"].rpartition("Corrected Solution:")[2] if stage == 2 else r["response"]
-            right = final_answer(said) == r["answer"] and (stage == 1 or r["analysis"] is not None)
+            right = final_answer(r["response"].rpartition("Corrected Solution:")[2]) == r["answer"]
+            right = right and (stage == 1 or r["analysis"] is not None)
             assert r["verdict"] == ("right" if right else "wrong")
         asked += [group[0]["problem"] for group in groups if stage == 1]
         assert m["pool_size"] == len(pool)
@@ -431,18 +439,7 @@ def test_randomness_is_of_the_place_alone(standard):
     assert len(set(training)) == len(training) == 96 and not set(training) & set(answers)
 
 
-def test_what_one_sees(standard):
-    pattern = r"--- stage 2, visit 1: .*?\n---\nAnalysis:>>>(.*?)<<<(.*?)<\|end\|>\n---"
-    shown = re.search(pattern, standard.out, re.S)
-    rows = [r for r in standard.samples if r["response"] == f"Analysis:{shown[1]}{shown[2]}"]
-    assert rows[0]["verdict"] == "right" and rows[0]["prompt"] in standard.out
-    assert "--- the first prompt\n<|user|>Add " in standard.out
-    before, after = (standard.metrics[i]["eval_accuracy"] for i in (0, -1))
-    assert re.search(rf"answered right +{before:.3f} ± [\d.]+ +{after:.3f} ± ", standard.out)
-    assert re.search(r"stage 2, 0\.\d\d corrected, pool \d/4", standard.err)
-
-
-# ------------------------------------------------------------------------------ the parts of the loop
+# ---------------------------------------------------------------------------- the parts of the loop
 
 
 def test_a_stage_that_teaches_nothing_moves_nothing(launch, tmp_path, monkeypatch):
@@ -465,7 +462,8 @@ def test_a_stage_that_teaches_nothing_moves_nothing(launch, tmp_path, monkeypatc
     m = both.steps[1]
     assert (m["empty_updates"], m["loss_tokens"], m["loss"], m["grad_norm"]) == (2, 0, None, None)
     assert ["loss" in m for m in two.steps] == [False, True, False]
-    assert len(both.errors) == 1 and not one.errors and "visit 1 to stage 2 trained on nothing" in both.err
+    assert len(both.errors) == 1 and "visit 1 to stage 2 trained on nothing" in both.err
+    assert not one.errors
 
 
 @pytest.mark.parametrize("rounds,rewards,kept,discarded", [
@@ -483,30 +481,34 @@ def test_dynamic_sampling(rounds, rewards, kept, discarded, monkeypatch):
                 for task, row in zip(tasks, next(batches).split(), strict=True)]  # fmt: skip
 
     monkeypatch.setattr(train, "draw_samples", drawn)
-    monkeypatch.setattr(train, "question_order", lambda seed, count, start, n: range(start, start + n))
-    config = train.parse(f"--algorithm dapo --questions_per_step 4 --dynamic_sampling {rounds}".split())
+    monkeypatch.setattr(train, "question_order", lambda seed, _, start, n: range(start, start + n))
+    flags = f"--algorithm dapo --questions_per_step 4 --dynamic_sampling {rounds}"
     problems = [Problem(letter, "1", "") for letter in "abcdefghijklmnop"]
-    run = SimpleNamespace(config=config, state=train.State(), problems=problems, tokenizer=TOKENIZER)
+    run = SimpleNamespace(config=train.parse(flags.split()), state=train.State(), problems=problems,
+                          tokenizer=TOKENIZER)  # fmt: skip
     groups, thrown = train.draw_questions(run, 1)
     assert (" ".join(g.problem for g in groups), thrown) == (kept, discarded)
     n = len(rewards.replace("|", "").split())
-    assert run.state.questions == n and [task.problem for task in asked] == list("abcdefghijklmnop"[:n])
-    assert len({task.question for task in asked}) == n and next(batches, None) is None  # no seed twice
+    assert [task.problem for task in asked] == [problem.problem for problem in problems[:n]]
+    assert run.state.questions == n
+    assert len({task.question for task in asked}) == n  # no seed twice
+    assert next(batches, None) is None
 
 
 def test_the_switch_and_the_visit_that_taught_nothing(capsys):
     """Eq. 9 with N = 6 and B = 4, and a warning at the end of each visit without a loss token."""
     config = train.parse("--pool_trigger 6 --questions_per_step 4".split())
     run, seen = SimpleNamespace(config=config, state=train.State()), []
-    for waiting, tokens, formed in ((5, 0, 0), (6, 5, 1), (4, 0, 1), (3, 0, 0), (9, 0, 1), (3, 0, 0),
-                                    (7, 0, 0), (0, 0, 0)):  # fmt: skip
+    steps = zip([5, 6, 4, 3, 9, 3, 7, 0], [0, 5, 0, 0, 0, 0, 0, 0], [0, 1, 1, 0, 1, 0, 0, 0])
+    for waiting, tokens, formed in steps:
         run.pool = range(waiting)
         switched = train.switch_stage(run)
         seen.append((run.state.stage, run.state.visits, switched))
         run.state.visit_loss_tokens += tokens
         run.state.visit_well_formed += formed
-    assert seen == [(1, 0, False), (2, 1, True), (2, 1, False), (1, 1, True), (2, 2, True), (1, 2, True),
-                    (2, 3, True), (1, 3, True)]  # fmt: skip
+    stages, visits, switches = zip(*seen)
+    assert stages == (1, 2, 2, 1, 2, 1, 2, 1) and visits == (0, 1, 1, 1, 2, 2, 3, 3)
+    assert switches == (False, True, False, True, True, True, True, True)
     (second, third) = capsys.readouterr().err.splitlines()
     assert "visit 2 to" in second and "none was right where another was wrong" in second
     assert "visit 3 to" in third and "none had both headers" in third
@@ -543,11 +545,10 @@ def test_baselines_the_reference_and_the_alarm(launch, tmp_path, monkeypatch):
     assert sum(m["loss_tokens"] for m in run.steps) == run.steps[-1]["tokens"]  # all have a KL
     assert 1e-6 < run.steps[0]["kl"] < run.steps[-1]["kl"]  # pi_ref stays behind
     stale = loaded[1][0]
-    monkeypatch.setattr(TransformersEngine, "update_weights", lambda self, _: vars(self).update(model=stale))
+    monkeypatch.setattr(TransformersEngine, "update_weights",
+                        lambda self, _: vars(self).update(model=stale))  # fmt: skip
     run = launch(tmp_path / "dapo", *"--algorithm dapo --steps 2 --learning_rate 5e-3".split())
-    saved, m = json.loads((run.folder / "settings.json").read_text()), run.steps[-1]
-    assert (saved["clip_high"], saved["reduction"], saved["dynamic_sampling"]) == (0.28, "dapo", 4)
-    assert len(loaded) == 3 and m["samples"] == 4 * m["questions"]  # discarded ones count
+    assert len(loaded) == 3
     assert len(run.errors) == 1 and "step 2: engine and trainer disagree" in run.errors[0]
 
 
@@ -564,7 +565,7 @@ def test_corrections_that_do_not_fit_drop_their_error(launch, tmp_path):
     assert visit["samples"] == before["samples"] and len(run.errors) == 1 and "visit 1" in run.err
 
 
-# ------------------------------------------------------------------------------ settings and refusals
+# ---------------------------------------------------------------------------- settings and refusals
 
 
 def test_settings_files(tmp_path):
@@ -582,12 +583,9 @@ def test_help_teaches_every_flag_and_names_trls(capsys):
         train.parse(["--help"])
     text, fields = " ".join(capsys.readouterr().out.split()), train.Config.__dataclass_fields__
     assert all(f"--{name}" in text and len(f.metadata["help"]) > 15 for name, f in fields.items())
-    for name, trl in {
-        "steps": "max_steps", "group_size": "num_generations", "scale": "scale_rewards", "beta": "beta",
-        "max_new_tokens": "max_completion_length", "updates_per_rollout": "steps_per_generation",
-        "clip_low": "epsilon", "clip_high": "epsilon_high", "reduction": "loss_type",
-    }.items():  # fmt: skip
-        assert f"(TRL: {trl})" in fields[name].metadata["help"]
+    trl = {"steps": "max_steps", "group_size": "num_generations", "updates_per_rollout":
+           "steps_per_generation", "beta": "beta", "reduction": "loss_type"}  # fmt: skip
+    assert all(f"(TRL: {theirs})" in fields[ours].metadata["help"] for ours, theirs in trl.items())
 
 
 BAD = {  # flags: what the one line must name, and what it must tell
@@ -597,15 +595,12 @@ BAD = {  # flags: what the one line must name, and what it must tell
     "--pool_trigger 3": ("--pool_trigger 3", "raise it"),
     "--min_variance 0.3": ("--min_variance 0.3", "lower it"),
     "--group_size 3 --min_variance 0.24": ("--min_variance 0.24", "--group_size 3"),
-    "--min_variance -0.1": ("--min_variance -0.1", "at least 0"),
     "--group_size 1": ("--group_size 1", "at least 2"),
     "--algorithm grpo --train_stages 2": ("--train_stages 2", "has no stage 2"),
     "--updates_per_rollout 3": ("--updates_per_rollout 3", "choose a divisor"),
-    "--updates_per_rollout 0": ("--updates_per_rollout 0", "at least 1"),
     "--temperature 0": ("--temperature 0", "must be above 0"),
     "--overlong_cache 161": ("--overlong_cache 161", "exceeds"),
     "--learning_rate nan": ("--learning_rate nan", "at least 0"),
-    "--steps many": ("--steps", "--help"),
     "--algorithm ppo": ("--algorithm", "'scrpo'"),
     "--learning_rte 1": ("--learning_rte", "--help"),
     "--max_context 20": ("--train_data", "raise --max_context"),
@@ -615,7 +610,7 @@ BAD = {  # flags: what the one line must name, and what it must tell
     "text.yaml": ("text.yaml", "cannot be read"),
     "--rollout vllm": ("--rollout vllm", "install requirements-vllm.txt"),
 }
-FILES = {"bad.jsonl": '{"problem": "1+1", "answer": "2"}\n{"problem": "1+2"}\n', "text.yaml": "hello\n",
+FILES = {"bad.jsonl": '{"problem": "1", "answer": "1"}\n{"problem": "2"}\n', "text.yaml": "hello\n",
          "key.yaml": "learning_rte: 1\n", "value.yaml": "steps: many\n"}  # fmt: skip
 
 
