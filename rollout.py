@@ -14,6 +14,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -79,6 +80,7 @@ def load_problems(source: str) -> list[Problem]:
 
 def read_rows(source: str):
     """The rows of a file or dataset. ValueError, one line, where it cannot be read."""
+    rows = []
     try:
         if source.endswith(".parquet"):
             from pyarrow import parquet
@@ -89,7 +91,9 @@ def read_rows(source: str):
                 text = file.read()
             if text.lstrip().startswith("["):
                 return json.loads(text)
-            return [json.loads(line) for line in text.split("\n") if line.strip()]
+            for line in filter(str.strip, text.split("\n")):
+                rows.append(json.loads(line))
+            return rows
         from datasets import load_dataset
 
         name, config, split = (source.split(":") + ["", ""])[:3]
@@ -99,7 +103,8 @@ def read_rows(source: str):
         return splits[split or next(iter(splits))]
     except Exception as error:  # datasets has no one class for what can go wrong
         remedy = "give JSON lines in UTF-8 or Parquet, or a dataset on the hub as id:config:split"
-        raise ValueError(f"{source}: {type(error).__name__}: {error}; {remedy}") from None
+        where = f"{source}, row {len(rows)}" if rows else source
+        raise ValueError(f"{where}: {type(error).__name__}: {error}; {remedy}") from None
 
 
 def read_field(row, names: tuple, read) -> str:
@@ -117,7 +122,8 @@ def read_field(row, names: tuple, read) -> str:
         text = read(row[name]).strip()
         text.encode()  # half of a surrogate pair is no text
     except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"field {name!r}: {error}; give text in `{names[0]}`") from None
+        message = f"field {name!r} holds {row[name]!r:.60} ({error}); give text in `{names[0]}`"
+        raise ValueError(message) from None
     if not text:
         raise ValueError(f"field {name!r} is empty: fill it, or delete the row")
     return text
@@ -127,6 +133,8 @@ def read_prompt(value) -> str:
     """Text, or the last user turn of a chat, without the instruction that DAPO-Math-17k adds."""
     if not isinstance(value, str):
         value = [turn["content"] for turn in value if turn["role"] == "user"][-1]
+    if isinstance(value, list):  # of parts, which must all be text
+        value = "".join(part["text"] for part in value)
     wrapping = r"Solve the following math problem step by step\..*?\n\n(.*)\n\nRemember to put.*"
     wrapped = re.fullmatch(wrapping, value, re.DOTALL)
     return wrapped[1] if wrapped else value
@@ -135,17 +143,18 @@ def read_prompt(value) -> str:
 def read_answer(value) -> str:
     """Text, a number, a list of them (OlympiadBench), or the end of a solution (GSM8K, MATH).
 
-    >>> read_answer(142.0), read_answer(0.1 + 0.2), read_answer([1, "2"]), read_answer("$2$")
-    ('142', '0.3', '1, 2', '2')
+    >>> [read_answer(value) for value in (142.0, 0.1 + 0.2, 1e22, -0.0, [1, "2"], "$2$")]
+    ['142', '0.3', '10000000000000000000000', '0', '1, 2', '2']
     """
     if isinstance(value, dict):  # DAPO's reward_model
         value = value["ground_truth"]
     if isinstance(value, list):
         return ", ".join(map(read_answer, value))
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or value != value:
-        raise TypeError(f"{value!r} is neither text nor a number")
-    if isinstance(value, float):
-        value = format(Decimal(f"{value:.15g}"), "f")  # 15: the digits that a float holds
+    number = isinstance(value, (int, float, Decimal)) and -math.inf < value < math.inf
+    if isinstance(value, bool) or not (number or isinstance(value, str)):
+        raise TypeError("neither text nor a number")
+    if isinstance(value, float):  # it holds 15 digits of a decimal, but all of an integer
+        value = format(Decimal(f"{value + 0:.{15 if value % 1 else 17}g}"), "f")
     text = str(value).rpartition("####")[2]  # GSM8K
     text = final_answer(text) if "\\boxed" in text else text  # MATH
     return re.sub(r"(?<!\\)\$", "", text)  # OlympiadBench
@@ -169,6 +178,14 @@ def control_tokens(tokenizer) -> re.Pattern:
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")
 
 
+def apply_template(tokenizer, turns: list[dict], **how) -> str:
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, **how)
+    except Exception as error:  # a template is a program, and raises what it likes
+        failed = f"the chat template of --model fails on a turn of {turns[-1]['role']}"
+        raise ValueError(f"{failed}: {error}") from None
+
+
 def render(tokenizer, user_text: str) -> list[int]:
     """One user turn -> prompt ids, up to where the response begins. A template writes its own BOS.
 
@@ -180,10 +197,7 @@ def render(tokenizer, user_text: str) -> list[int]:
     if tokenizer.chat_template is None:
         return tokenizer(user_text + "\n").input_ids
     turn = [{"role": "user", "content": user_text}]
-    try:
-        text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-    except Exception as error:  # a template is a program, and raises what it likes
-        raise ValueError(f"the chat template of --model fails on a user turn: {error}") from None
+    text = apply_template(tokenizer, turn, add_generation_prompt=True)
     if user_text.strip() not in text:
         raise ValueError("the chat template of --model leaves out what the user says; mend it")
     return tokenizer(text, add_special_tokens=False).input_ids
@@ -221,9 +235,9 @@ def stop_ids(model, tokenizer) -> set[int]:
     stops = {tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])}
     if tokenizer.chat_template is not None:
         turns = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "It is 2."}]
-        tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("It is 2.")[2]
-        after = tokenizer(tail, add_special_tokens=False).input_ids[:1]
-        stops |= {t for t in after if t in tokenizer.added_tokens_decoder}
+        tail = apply_template(tokenizer, turns).partition("It is 2.")[2]
+        end = control_tokens(tokenizer).search(tail)
+        stops.add(tokenizer.convert_tokens_to_ids(end[0]) if end else None)
     return stops - {None}
 
 
@@ -328,7 +342,8 @@ class TransformersEngine:
         memory //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if model.device.type == "cuda":
             memory = torch.cuda.get_device_properties(model.device).total_memory
-        token_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        growing = [layer for layer in cache.layers if hasattr(layer, "keys")]  # not linear ones
+        token_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in growing)
         self.cache_tokens = int(memory_share * memory / token_bytes)
 
     def wake(self) -> None:
@@ -375,7 +390,7 @@ class TransformersEngine:
         logits, cache = self.forward(ids, mask.long(), (mask.cumsum(1) - 1).clamp(min=0))  # [P,V]
         place = {key: row for row, key in enumerate(prompts)}
         rows = torch.tensor([place[id(prompt)] for prompt, _, _ in live], device=device)
-        cache.batch_select_indices(rows)
+        cache.reorder_cache(rows)
         logits, mask, length = logits[rows], mask[rows], length[rows]
         seed = torch.tensor([seed for _, seed, _ in live], device=device)
         for t in range(max_new_tokens):
@@ -397,7 +412,7 @@ class TransformersEngine:
                 return
             if len(going) < len(live):
                 live, rows = [live[row] for row in going], torch.tensor(going, device=device)
-                cache.batch_select_indices(rows)
+                cache.reorder_cache(rows)
                 ids, mask, length, seed = ids[rows], mask[rows], length[rows], seed[rows]
             mask = F.pad(mask, (0, 1), value=True)
             columns = mask[:, None, None] if self.grouped else mask.long()
@@ -544,14 +559,19 @@ def load_policy(source: str, dtype, device):
         raise ValueError(f"--model {source} is an adapter: merge it into its model first")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device).eval()
+        how = dict(dtype=dtype, output_loading_info=True)
+        model, loaded = AutoModelForCausalLM.from_pretrained(source, **how)
     except Exception as error:  # OSError, ValueError, SafetensorError: loaders have no common class
         raise ValueError(f"--model {source}: not a causal language model ({error})") from error
+    if loaded["missing_keys"]:  # they would be random
+        raise ValueError(f"--model {source}: no weights for {sorted(loaded['missing_keys'])[:3]}")
+    if model.config.get_text_config() is not model.config:
+        raise ValueError(f"--model {source} takes more than text; give its language model alone")
     rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
+    if len(tokenizer) > rows or not tokenizer.tokenize("1+1"):
         raise ValueError(f"--model {source}: its tokenizer has {len(tokenizer)} ids, its embedding {rows} "
                          "rows; take the right tokenizer, or resize the embedding")  # fmt: skip
-    return model, tokenizer
+    return model.to(device).eval(), tokenizer
 
 
 def make_engine(kind: str, model, tokenizer, *, model_path, max_context, memory_share=0.3):
@@ -572,9 +592,11 @@ def make_engine(kind: str, model, tokenizer, *, model_path, max_context, memory_
             engine = VLLMEngine(model, tokenizer, model_path=model_path, **options)
         else:
             engine = TransformersEngine(model, tokenizer, **options)
-    except ImportError as problem:
-        remedy = "install requirements-vllm.txt, or choose --rollout transformers"
-        raise ValueError(f"--rollout vllm: {problem}; {remedy}") from problem
+    except ValueError:
+        raise
+    except Exception as problem:  # not installed, or a model without a cache
+        remedy = "install requirements-vllm.txt, or choose the other engine"
+        raise ValueError(f"--rollout {kind} cannot be had: {problem}; {remedy}") from problem
     engine.why = why
     return engine
 

@@ -1,10 +1,9 @@
-"""What one GPU makes of this project, in a few minutes: `python bench/gpu.py` prints a JSON object.
+"""What one GPU makes of this project, in four minutes: `python bench/gpu.py` prints a JSON object.
 
 1. The card's own bf16 rate, products of 8,192 x 8,192 matrices: the ceiling of all else.
-2. train.py's update of a random model with the shape of R1-Distill-Qwen-1.5B: bf16, fp32 masters,
-   gradient checkpointing, 16,384 tokens a micro-batch in sequences of 4,096, 512 of them prompt. Its
-   model FLOP/s (recomputation not counted), and its peak memory beside bench/plan.py's formula,
-   without the 3 GB that this adds for CUDA and vLLM.
+2. train.py's update of a random model shaped as R1-Distill-Qwen-1.5B, bf16, fp32 masters, gradient
+   checkpointing, micro-batches of 4 x 4,096 tokens, 512 of them prompt: its model FLOP/s (without
+   recomputation), and its peak memory beside bench/plan.py (without its 3 GB for CUDA and vLLM).
 3. The Transformers engine with the same model, 256 rows in flight.
 4. The default run of train.py, as a user starts it.
 """
@@ -16,22 +15,20 @@ import tempfile
 import time
 from pathlib import Path
 
+import plan
 import torch
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-
-import plan  # noqa: E402
-import rollout  # noqa: E402
-import train  # noqa: E402
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM  # noqa: E402
+sys.path.insert(0, str(ROOT))
+import rollout, train  # noqa: E402, E401
 
 SHAPE = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 N, D, F, K, V, _ = plan.SHAPES[SHAPE]
 SEQUENCES, LENGTH, PROMPT = 32, 4096, 512
 
 
-def seconds(action, times: int) -> float:
+def seconds(action, times: int = 1) -> float:
     """Of one call, after one that warms up."""
     action()
     torch.cuda.synchronize()
@@ -44,10 +41,8 @@ def seconds(action, times: int) -> float:
 
 
 def random_model():
-    config = Qwen2Config(
-        num_hidden_layers=N, hidden_size=D, intermediate_size=F, num_attention_heads=D // 128,
-        num_key_value_heads=K // 128, vocab_size=V, max_position_embeddings=32_768,
-    )  # fmt: skip
+    config = Qwen2Config(num_hidden_layers=N, hidden_size=D, intermediate_size=F, vocab_size=V,
+                         num_attention_heads=D // 128, num_key_value_heads=K // 128)  # fmt: skip
     with torch.device("cuda"):
         return Qwen2ForCausalLM(config)
 
@@ -59,43 +54,40 @@ def update() -> dict:
     optimizer = train.MasterAdamW(model, torch.bfloat16, weight_decay=0.0, max_norm=1.0)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
-    policy = train.DistributedDataParallel(train.Policy(model, 1.0, 1024), gradient_as_bucket_view=True)
+    policy = train.Policy(model, 1.0, config.logprob_chunk)
+    policy = train.DistributedDataParallel(policy, gradient_as_bucket_view=True)
     groups, examples, mask = [None] * (SEQUENCES // 8), [], torch.ones(n, dtype=torch.bool)
     for i in range(SEQUENCES):
-        ids, sign = torch.randint(V, (LENGTH,)).tolist(), (-1.0) ** i
-        examples.append(train.Example(i // 8, i % 8, sign, n, ids, PROMPT, mask, [-12.0] * n))
-    took = seconds(lambda: train.update(policy, None, optimizer, config, 1, groups, examples), times=2)
+        ids, advantage, mu = torch.randint(V, (LENGTH,)).tolist(), (-1.0) ** i, [-12.0] * n
+        examples.append(train.Example(i // 8, i % 8, advantage, n, ids, PROMPT, mask, mu))
+    trained = (policy, None, optimizer, config, 1, groups, examples)
+    took = seconds(lambda: train.update(*trained), times=2)
     # A product and a sum, forward once and backward twice: 6 a weight and token; the head only for
     # responses; causal attention 6 N D a token and position, half of them before it.
     layers = plan.parameters(*plan.SHAPES[SHAPE]) - 2 * V * D
     flops = SEQUENCES * (LENGTH * (6 * layers + 6 * N * D * LENGTH) + n * 6 * V * D)
-    settings = {"model": SHAPE, "micro_batch_tokens": 16_384, "memory_share": 0.0}
-    return {
-        "update tokens/s": SEQUENCES * LENGTH / took,
-        "update model TFLOP/s": flops / took / 1e12,
-        "update peak GB": torch.cuda.max_memory_allocated() / 1e9,
-        "planned GB": plan.plan(settings, 1, 80)["update"] - 3.0,
-    }
+    planned = plan.plan({"model": SHAPE, "micro_batch_tokens": 16_384, "memory_share": 0.0}, 1, 80)
+    peak = torch.cuda.max_memory_allocated() / 1e9
+    return {"update tokens/s": SEQUENCES * LENGTH / took, "update TFLOP/s": flops / took / 1e12,
+            "peak GB": peak, "planned GB": planned["update"] - 3.0}  # fmt: skip
 
 
 def engine() -> dict:
-    model, tokenizer = random_model().to(torch.bfloat16).eval(), AutoTokenizer.from_pretrained(ROOT / "toy")
+    model, tokenizer = random_model().bfloat16().eval(), AutoTokenizer.from_pretrained(ROOT / "toy")
     made = rollout.TransformersEngine(model, tokenizer, max_context=4096)
-    made.stop = set()  # random weights end nowhere
-    prompts = torch.randint(270, (64, PROMPT)).tolist()
-    seeds = [[rollout.sample_seed(0, 1, b, i) for i in range(4)] for b in range(64)]
-    took = seconds(lambda: made.generate(prompts, 4, temperature=1.0, max_new_tokens=256, seeds=seeds), 1)
-    return {"engine tokens/s, 256 rows": 256 * 256 / took}
+    made.stop, prompts = set(), torch.randint(270, (64, PROMPT)).tolist()  # nothing ends early
+    seeds = [[4 * b + i for i in range(4)] for b in range(64)]
+    how = dict(temperature=1.0, max_new_tokens=256, seeds=seeds)
+    return {"engine tokens/s": 256 * 256 / seconds(lambda: made.generate(prompts, 4, **how))}
 
 
 def default_run() -> dict:
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        command = [sys.executable, str(ROOT / "train.py"), "--output_dir", f"{folder}/run"]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, ROOT / "train.py", "--output_dir", folder], check=True)
         took = time.perf_counter() - start
-        lines = [json.loads(line) for line in open(f"{folder}/run/metrics.jsonl")]
-    return {"default run, seconds": took, "answered right": [lines[i]["eval_accuracy"] for i in (0, -1)]}
+        right = [json.loads(line).get("eval_accuracy") for line in open(f"{folder}/metrics.jsonl")]
+    return {"default run, seconds": took, "answered right": [right[0], right[-1]]}
 
 
 rollout.start_distributed()

@@ -234,7 +234,7 @@ def measure(args, folder: Path, before=None) -> dict:
                             [before["text"][j] for j in wrong], OF_FIXED, grader, args)
             result["fixed"] = dict(zip(wrong, again["right"]))
         else:  # by training's own pool, Eqs. 7 and 8
-            pool = ErrorPool(trigger=1, min_variance=0.15)
+            pool = ErrorPool(min_variance=0.15)
             some = problems[: args.pool_questions]
             groups, marks = answer(policy, some, GROUP, GROUPS, grader, args)
             for p, row, rewards in zip(some, groups, marks):

@@ -1,16 +1,12 @@
 """The paper's equations once more: slow, obvious, float64, one token at a time.
 
-Written from the statement of the method alone, so that an error would have to be made twice, in two different ways,
-to pass. Nothing is vectorised, nothing is padded: a response is the list of its own tokens' numbers. Gradients are
-derived by hand and stand next to the values. `test_loss.py` and `test_error_pool.py` compare the program with this.
+Written from the statement of the method alone, so that an error would have to be made twice, in two
+different ways, to pass. Nothing is vectorised, nothing is padded: a response is the list of its own
+tokens' numbers. Gradients are derived by hand and stand next to the values.
 """
 
 from fractions import Fraction
 from math import exp, log, sqrt
-
-import numpy as np
-
-# ------------------------------------------------------------------------------------- rewards and advantages
 
 
 def advantages(rewards, scale="std"):
@@ -26,26 +22,20 @@ def advantages(rewards, scale="std"):
 
 
 def overlong(length, longest, cache):
-    """Eq. 15, for one response, on the 0/1 scale of rewards."""
+    """Eq. 15, for one response, halved for rewards of 0 and 1."""
     if length <= longest - cache:
-        return 0.0  # Eq. 15
+        return 0.0
     if length <= longest:
-        return 0.5 * (longest - cache - length) / cache  # Eq. 15, halved
-    return 0.5 * -1.0  # Eq. 15, halved
-
-
-# ----------------------------------------------------------------------------------------------- the error pool
+        return 0.5 * (longest - cache - length) / cache
+    return 0.5 * -1.0
 
 
 def is_informative(rewards, tau):
-    """Eq. 7, for one group of 0/1 rewards: its population variance, in exact fractions, is at least tau."""
+    """Eq. 7, for one group of 0/1 rewards: its population variance, exactly, is at least tau."""
     group = [Fraction(int(reward)) for reward in rewards]
     mean = sum(group) / len(group)
     variance = sum((reward - mean) ** 2 for reward in group) / len(group)
-    return variance >= Fraction(str(tau))  # Eq. 7
-
-
-# ------------------------------------------------------------------------------------------------ one token
+    return variance >= Fraction(str(tau))
 
 
 def token_ratio(logp, old):
@@ -56,7 +46,7 @@ def token_ratio(logp, old):
 def token_kl(logp, ref):
     """Eq. 4, and its derivative by logp."""
     ratio = exp(ref) / exp(logp)
-    return ratio - log(ratio) - 1, 1 - ratio  # Eq. 4
+    return ratio - log(ratio) - 1, 1 - ratio
 
 
 def token_weight(old, engine, cap):
@@ -70,7 +60,7 @@ def token_objective(logp, old, ref, advantage, weight, clip_low, clip_high, beta
     clipped = min(max(r, 1 - clip_low), 1 + clip_high)
     free, held = r * advantage, clipped * advantage
     surrogate = weight * min(free, held)  # Eqs. 5, 14: the weight stands before the min(.)
-    # Where the minimum is the held term and the clip is at its edge, nothing moves; else d(r A)/d logp = r A.
+    # Where the minimum is the held term, at its edge, nothing moves; else d(r A)/d logp = r A.
     derivative = 0.0 if held < free else weight * r * advantage
     size = abs(surrogate)
     if beta != 0:
@@ -81,46 +71,40 @@ def token_objective(logp, old, ref, advantage, weight, clip_low, clip_high, beta
     return surrogate, derivative, size
 
 
-# ------------------------------------------------------------------------------------------- the two objectives
-
-
-def stage_one(logp, old, ref, group_advantages, weights, *, clip_low, clip_high, beta, reduction, longest):
-    """Eq. 6 over all samples of one optimizer step.
-
-    Every argument is a list over samples of lists over their tokens (ref may hold None), but `group_advantages`,
-    which has one number a sample. Returns J, dJ/dlogp in the same ragged form, and the mean absolute term.
-    """
-    everything = [[1] * len(o) for o in logp]
-    return _objective(logp, old, ref, group_advantages, weights, everything, [len(o) for o in logp],
-                      clip_low, clip_high, beta, reduction, longest)  # Eq. 6  # fmt: skip
-
-
-def stage_two(logp, old, ref, group_advantages, weights, spans, success, *, clip_low, clip_high, beta, reduction,
-              longest, success_conditioned=True):  # fmt: skip
-    """Eq. 13 over all corrections of one optimizer step; `spans` and `success` as in `attribution`."""
-    masks = [attribution(len(y), span, right, success_conditioned) for y, span, right in zip(logp, spans, success)]
-    analysis = [0 if span is None else span[1] - span[0] for span in spans]  # failed corrections are counted
-    return _objective(logp, old, ref, group_advantages, weights, masks, analysis,
-                      clip_low, clip_high, beta, reduction, longest)  # Eq. 13  # fmt: skip
-
-
 def attribution(length, span, success, success_conditioned=True):
     """Eq. 12, for one correction of `length` tokens: a 0/1 for each.
 
-    span: first and one past the last token of the analysis, None if the correction is not well-formed, in which
-    case it has not succeeded either (Eq. 11).
+    span: first and one past the last token of the analysis, None if it is not well-formed.
     """
     mask = []
     for t in range(length):
         in_analysis = span is not None and span[0] <= t < span[1]
-        right = (span is not None and success) or not success_conditioned  # Eq. 11: only a well-formed one succeeds
+        right = (span is not None and success) or not success_conditioned  # Eq. 11
         mask.append(1 if in_analysis and right else 0)  # Eq. 12
     return mask
 
 
-def _objective(logp, old, ref, group_advantages, weights, masks, counted, clip_low, clip_high, beta, reduction,
-               longest):  # fmt: skip
-    """The sums that Eqs. 6 and 13 share; `counted` is |o_i| or |Analysis(y_j)|."""
+def stage_one(logp, old, ref, group_advantages, weights, **knobs):
+    """Eq. 6 over all samples of one optimizer step. Every argument is a list over samples of lists
+    over their tokens (ref may be None), but `group_advantages`, which has one number a sample."""
+    lengths = [len(o) for o in logp]
+    everything = [[1] * n for n in lengths]
+    return objective(logp, old, ref, group_advantages, weights, everything, lengths, **knobs)
+
+
+def stage_two(logp, old, ref, group_advantages, weights, spans, success, *,
+              success_conditioned=True, **knobs):  # fmt: skip
+    """Eq. 13 over all corrections of one step; `spans` and `success` as in `attribution`."""
+    masks = [attribution(len(logp[j]), spans[j], success[j], success_conditioned)
+             for j in range(len(logp))]  # fmt: skip
+    analysis = [0 if span is None else span[1] - span[0] for span in spans]  # failed ones count
+    return objective(logp, old, ref, group_advantages, weights, masks, analysis, **knobs)
+
+
+def objective(logp, old, ref, group_advantages, weights, masks, counted, *,
+              clip_low, clip_high, beta, reduction, longest):  # fmt: skip
+    """What Eqs. 6 and 13 share: J, dJ/dlogp as ragged as logp, and the mean absolute term.
+    `counted` has |o_i| or |Analysis(y_j)|, `longest` is L_max."""
     value, size = 0.0, 0.0
     gradient = [[0.0] * len(tokens) for tokens in logp]
     for i, tokens in enumerate(logp):
@@ -128,7 +112,7 @@ def _objective(logp, old, ref, group_advantages, weights, masks, counted, clip_l
             if masks[i][t] == 0:
                 continue
             term, derivative, absolute = token_objective(
-                logp[i][t], old[i][t], None if ref is None else ref[i][t], group_advantages[i], weights[i][t],
+                logp[i][t], old[i][t], ref and ref[i][t], group_advantages[i], weights[i][t],
                 clip_low, clip_high, beta,
             )  # Eq. 5  # fmt: skip
             if reduction == "grpo":
@@ -141,14 +125,3 @@ def _objective(logp, old, ref, group_advantages, weights, masks, counted, clip_l
             size += share * absolute
             gradient[i][t] = share * derivative
     return value, gradient, size
-
-
-# ------------------------------------------------------------------------------------------ log-probabilities
-
-
-def log_softmax(logits, temperature):
-    """Log-probabilities of one position at the sampling temperature, and their entropy; logits is a vector."""
-    scaled = np.asarray(logits, dtype=np.float64) / temperature
-    scaled = scaled - scaled.max()
-    log_probs = scaled - log(sum(exp(x) for x in scaled))
-    return log_probs, -sum(exp(x) * x for x in log_probs)
