@@ -101,7 +101,7 @@ class Script:
 
 def scripted_step(case):
     """(groups, examples, metrics) of a step, as train.py makes them."""
-    (stage, right, _), pool = CASES[case], ErrorPool(4, 0)
+    (stage, right, _), pool = CASES[case], ErrorPool(min_variance=0)
     for q in QUESTIONS if stage == 2 else ():
         pool.add(q.problem, q.answer, ["wrong"], [0.0], [True])
     script = Script(stage, right)
