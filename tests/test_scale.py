@@ -123,8 +123,8 @@ def test_checkpointing_without_dropout_the_rate_and_memory_in_a_run(launch, tmp_
     monkeypatch.setattr(train, "train", lambda run: (act(run), runs.append(run)))
     monkeypatch.setattr(train, "make_engine", engine)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append("emptied"))
-    flags = ("--algorithm grpo --updates_per_rollout 1 --steps 3 --warmup_steps 1 "
-             "--schedule cosine --learning_rate 4e-4 --gradient_checkpointing True").split()  # fmt: skip
+    flags = ("--algorithm grpo --updates_per_rollout 1 --steps 3 --warmup_steps 1 --schedule "
+             "cosine --learning_rate 4e-4 --gradient_checkpointing True").split()  # fmt: skip
     run = launch(tmp_path / "run", "--model", model, *flags)
     assert run.code == 0 and not run.errors and rates == pytest.approx([4e-4, 4e-4, 2e-4])
     assert events == ["awake", "asleep", "emptied"] * 3
