@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import reward
+from rollout import start_distributed
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY = ROOT / "toy"
@@ -107,6 +108,16 @@ def launch():
 
     yield run
     grader.close()
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """A process group of one, as train.py's own."""
+    for name in RANK:
+        monkeypatch.delenv(name, raising=False)
+    start_distributed()
+    yield
+    torch.distributed.destroy_process_group()
 
 
 SERVER = """
