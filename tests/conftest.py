@@ -24,6 +24,9 @@ TOY = ROOT / "toy"
 PATIENCE = 600  # seconds for a verdict: a busy machine must not change one where runs are compared
 THREADS = os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(THREADS))
+# Where fewer instructions are allowed than the CPU has, bf16 attention asks for those [torch 2.13].
+LIMITED = 'torch.backends.cuda.enable_flash_sdp("ATEN_CPU_CAPABILITY" not in os.environ)'
+exec(LIMITED)
 RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 ALONE = {name: value for name, value in os.environ.items() if name not in RANK}
 ALONE["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
@@ -120,9 +123,12 @@ def alone(monkeypatch):
     torch.distributed.destroy_process_group()
 
 
-SERVER = """
+SERVER = f"""
 import json, os, sys, traceback
 import matplotlib.pyplot, reward, torch, train  # now, so that not each run has to
+{LIMITED}
+"""
+SERVER += """
 
 class Marks:  # no worker processes: the toy's answers are whole numbers
     __enter__, __exit__ = lambda self: self, lambda self, *exception: None
@@ -222,7 +228,9 @@ def torchrun():
     """torchrun(folder, *flags) -> torchrun, running; it ends at the latest here."""
     started = []
 
-    def run(folder, *flags, nodes="--standalone --nproc_per_node=2", script=ROOT / "train.py"):
+    def run(folder, *flags, nodes="--standalone --nproc_per_node=2", breaks=""):
+        script = folder.with_suffix(".py")
+        script.write_text(f"import os, torch, train\n{LIMITED}\n{breaks}\ntrain.main()")
         command = [sys.executable, "-m", "torch.distributed.run", *nodes.split(), script, *TINY]
         both = dict(stderr=subprocess.PIPE)
         started.append(start([*command, "--output_dir", folder, *flags], **both))

@@ -317,18 +317,15 @@ def test_no_second_writer_while_workers_outlive_torchrun(torchrun, ranks, done, 
 
 
 def test_a_rank_that_breaks_alone_ends_the_run_with_its_traceback(torchrun, tmp_path):
-    script = tmp_path / "breaks.py"
-    script.write_text("""
-import train
+    breaks = """
 act = train.trial_and_error
 def broken(run, step):
     if run.rank == 1 and step == 2:
         raise RuntimeError("CUDA out of memory")
     return act(run, step)
 train.trial_and_error = broken
-train.main()
-""")
-    job = torchrun(tmp_path / "run", "--algorithm", "grpo", script=script)
+"""
+    job = torchrun(tmp_path / "run", "--algorithm", "grpo", breaks=breaks)
     _, err = job.communicate(timeout=300)
     assert job.returncode == 1 and "RuntimeError: CUDA out of memory" in err and "in broken" in err
     assert re.search(r"Root Cause.*rank +: 1", err, re.S)

@@ -40,21 +40,21 @@ TOKENIZER = AutoTokenizer.from_pretrained(TOY)
 QUESTIONS = [Problem(f"What is {b} + 1?", f"{b + 1}", "") for b in range(4)]
 COMMON = ("--questions_per_step 4 --group_size 3 --pool_trigger 4 --min_variance 0 --seed 3 "
           "--temperature 0.7 --max_new_tokens 44 --importance_cap 1.3 --updates_per_rollout 1")
-SOME, FEWER = {1, 2, 6, 9}, {0, 3, 4, 5, 7, 8}
+FOUR, SIX = {1, 2, 6, 9}, {0, 3, 4, 5, 7, 8}
 CASES = {  # name: stage, which samples of 12 are right, flags
-    "grpo": (1, FEWER, ""),
-    "four updates, two of them empty": (1, FEWER, "--updates_per_rollout 4"),
-    "dapo with a KL": (1, FEWER, "--reduction dapo --beta 0.1 --clip_high 0.28"),
-    "dr_grpo": (1, FEWER, "--reduction dr_grpo --scale none --beta 0.1 --updates_per_rollout 2"),
-    "overlong": (1, FEWER, "--algorithm dapo --dynamic_sampling 1 --overlong_cache 30"),
-    "no cap": (1, FEWER, "--importance_cap 0"),
-    "corrections, grpo with a KL": (2, SOME, "--beta 0.1"),
-    "corrections, dapo": (2, SOME, "--reduction dapo --updates_per_rollout 2"),
-    "corrections, dr_grpo": (2, SOME, "--reduction dr_grpo --scale none"),
-    "all before the solution": (2, SOME, "--analysis_span prefix --updates_per_rollout 2"),
-    "failed ones too": (2, SOME, "--success_conditioned false --reduction dapo"),
-    "the whole response": (2, SOME, "--credit response"),
-    "all of all": (2, SOME, "--credit response --success_conditioned false"),
+    "grpo": (1, SIX, ""),
+    "four updates, two of them empty": (1, SIX, "--updates_per_rollout 4"),
+    "dapo with a KL": (1, SIX, "--reduction dapo --beta 0.1 --clip_high 0.28"),
+    "dr_grpo": (1, SIX, "--reduction dr_grpo --scale none --updates_per_rollout 2 --clip_high .3"),
+    "overlong": (1, SIX, "--algorithm dapo --dynamic_sampling 1 --overlong_cache 30"),
+    "no cap": (1, SIX, "--importance_cap 0"),
+    "corrections, grpo with a KL": (2, FOUR, "--beta 0.1"),
+    "corrections, dapo": (2, FOUR, "--reduction dapo --updates_per_rollout 2"),
+    "corrections, dr_grpo": (2, FOUR, "--reduction dr_grpo --scale none"),
+    "all before the solution": (2, FOUR, "--analysis_span prefix --updates_per_rollout 2"),
+    "failed ones too": (2, FOUR, "--success_conditioned false --reduction dapo"),
+    "the whole response": (2, FOUR, "--credit response"),
+    "all of all": (2, FOUR, "--credit response --success_conditioned false"),
     "two ranks without a sample": (2, {6}, "--beta 0.1"),
     "nothing left": (2, set(), "--beta 0.1"),
 }
@@ -68,12 +68,12 @@ def settings(case):
 
 def scripted(stage, j, right):
     """Sample j of 12: (ids, span of its analysis, log mu). 0 and 1 share an analysis; 8 has the
-    right answer, but no sections; 10 is cut off."""
+    right answer, but no sections; 9 is cut off."""
     rng = np.random.default_rng((stage, j or 1))
     letters = "".join(rng.choice(list("abcdef "), rng.integers(2, 25)))
     answer, head = f"\\boxed{{{j // 3 + 1 if right or j == 8 else 0}}}", f"Analysis:\n{letters}\n"
     text = f"{head}Corrected Solution:{answer}" if stage == 2 and j != 8 else letters + answer
-    ids = TOKENIZER(text).input_ids + [TOKENIZER.eos_token_id] * (j != 10)
+    ids = TOKENIZER(text).input_ids + [TOKENIZER.eos_token_id] * (j != 9)
     span = (1, len(TOKENIZER(head).input_ids)) if stage == 2 and j != 8 else None
     return ids, span, np.float32(-rng.uniform(4, 7, len(ids))).tolist()
 
@@ -93,7 +93,7 @@ class Script:
 
     def sample(self, j):
         ids, _, log_mu = self.rows[j]
-        return Sample(ids, log_mu, TOKENIZER.decode(ids).removesuffix("<|end|>"), j != 10)
+        return Sample(ids, log_mu, TOKENIZER.decode(ids).removesuffix("<|end|>"), j != 9)
 
     def verdicts(self, texts, golds):
         return ["right" if final_answer(t) == gold else "wrong" for t, gold in zip(texts, golds)]
@@ -108,7 +108,9 @@ def scripted_step(case):
     run = SimpleNamespace(config=settings(case), state=train.State(), problems=QUESTIONS, pool=pool,
                           tokenizer=TOKENIZER, engine=script, grader=script)  # fmt: skip
     made = (train.trial_and_error if stage == 1 else train.self_correction)(run, 1)
-    assert (run.state.samples, len(pool)) == (12, 3 if stage == 1 else 0)  # one of each with errors
+    first = [script.sample(j).text for j in (1, 6, 10)]  # of each group that has errors
+    assert sorted(e.response for e in pool.errors) == (sorted(first) if stage == 1 else [])
+    assert run.state.samples == 12
     return made
 
 
