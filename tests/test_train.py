@@ -478,14 +478,18 @@ def test_a_stage_that_teaches_nothing_moves_nothing(launch, tmp_path, monkeypatc
 def test_dynamic_sampling(rounds, rewards, kept, discarded, monkeypatch):
     asked, batches = [], iter(rewards.split("|"))
 
+    def in_order(seed, count, start, n):
+        assert (seed, count) == (3, 16)
+        return range(start, start + n)
+
     def drawn(run, step, tasks):
         asked.extend(tasks)
         return [SimpleNamespace(problem=task.problem, rewards=[*map(int, row)])
                 for task, row in zip(tasks, next(batches).split(), strict=True)]  # fmt: skip
 
     monkeypatch.setattr(train, "draw_samples", drawn)
-    monkeypatch.setattr(train, "question_order", lambda seed, _, start, n: range(start, start + n))
-    flags = f"--algorithm dapo --questions_per_step 4 --dynamic_sampling {rounds}"
+    monkeypatch.setattr(train, "question_order", in_order)
+    flags = f"--algorithm dapo --questions_per_step 4 --seed 3 --dynamic_sampling {rounds}"
     problems = [Problem(letter, "1", "") for letter in "abcdefghijklmnop"]
     run = SimpleNamespace(config=train.parse(flags.split()), state=train.State(), problems=problems,
                           tokenizer=TOKENIZER)  # fmt: skip
