@@ -2,9 +2,8 @@ r"""Responses -> R in {0, 1} (Eq. 1), and the two sections of a correction (Eqs.
 
 A right answer that is missed costs a sample; a wrong one that is paid poisons the training. So what
 is in doubt is wrong, and so is what leaves work undone: a policy soon learns to box the question.
-An answer that is not the gold letter for letter goes to a worker: a subprocess that runs this file
-and is killed when it is late. Not a thread, which nothing can stop; not `signal.alarm`, which works
-in a main thread only; not multiprocessing, whose spawn imports the trainer again.
+An answer that is not the gold letter for letter goes to a worker: a subprocess that runs this file,
+killed when it is late. Not a thread, which nothing stops; not multiprocessing, which imports train.
 
     >>> grade([r"\boxed{0.5}", r"\boxed{964+494}"], ["1/2", "1458"])
     [1.0, 0.0]
@@ -104,9 +103,8 @@ def ask(worker, job, seconds):
 def find_correction(token_ids, tokenizer, span="sections"):
     """(start, end, solution_text) of a well-formed correction, else None (Eq. 11).
 
-    token_ids[start:end] is the analysis (Eq. 12): from the first header, be it on the same line, to
-    the second header's line, a token if all its characters are. [ours] span="prefix": from token 0.
-    Not with skip_special_tokens: where <think> is a special token, its box would count.
+    token_ids[start:end] is the analysis (Eq. 12), from header to header, a token if all of it is
+    [ours]; span="prefix": from token 0. Without skip_special_tokens: <think> may be one.
     """
     silent = {getattr(tokenizer, name, None) for name in ("eos_token_id", "pad_token_id")}
 
@@ -146,6 +144,7 @@ CHANGE = (r"(?i:\b(?:or|and|not|plus|minus|times|over|to|point|factorial|choose|
 TEXT = r"\\text\{(?!\s*[aeijknqruvwxyz]\s*\})(?:[^{},;\d]|\^?\{?-?\d\}?)+\}(?:\s?\^\s?\{?-?\d\}?)?"
 WORD = r"(?:[a-zA-Z]{3,}|[cmkd]m|[km]g|in|ft|yd|oz|mL|sq|[CF]|k?m/[hs])\.?(?:\^\{?\d\}?)?"
 UNIT = rf"(?:{TEXT}(?:\s?(?:/|\\cdot)?\s?{TEXT})*|(?<=[\d}} ]){WORD}(?:[ /]{WORD})*)$"
+SI = re.compile(r"[\d}\s](?:\\text\{)?\s*([cmk]?m|[mk]?g|in|ft|yd|m?L|s|min|h)\}?\^?\{?(\d)?\}?$")
 NOTATION = [  # (what is replaced, by what), in this order  # an example
     ("[−–—]", "-"), ("[·∙]", r"\\cdot "), ("√", "sqrt"), ("∞", r"\\infty "), ("∈", r"\\in "),
     (r"\\[()\[\]]|\\?[$€£]|\\text\{\W*\}|^\*\*|\*\*$|\\\\$", ""),         # \$18, \(18\), **18**
@@ -215,6 +214,9 @@ if __name__ == "__main__":  # in a worker, never in the trainer
 
 def judge(gold, answer):
     """The verdict. 50% is 50, where the question says per cent, and 0.5; but 0.5% is not 0.5."""
+    units = [SI.findall(unicodedata.normalize("NFKC", text)) for text in (gold, answer)]
+    if all(units) and units[0] != units[1]:
+        return "wrong"  # 15 m for 15 cm
     gold, answer = tidy(gold), tidy(answer)
     hundredth = [re.sub(r"^(.*)\\%$", r"\\frac{\1}{100}", text) for text in (gold, answer)]
     number = answer.removesuffix(r"\%")
