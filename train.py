@@ -855,11 +855,11 @@ def save_final(run) -> None:
 class Run:
     """Everything a step needs, under one name."""
 
-    def __init__(self, config: Config, rank: int, world: int, device: torch.device):
-        self.config, self.rank, self.world, self.device = config, rank, world, device
+    def __init__(self, rank: int, world: int, device: torch.device):
+        self.rank, self.world, self.device = rank, world, device
         self.state, self.seconds = State(), Counter()
         self.signalled, self.stop, self.exit_code = False, False, 0
-        self.lock, self.engine = None, None
+        self.lock, self.engine, self.handlers = None, None, {}
 
     def interrupt(self, number: int, _) -> None:
         """SIGTERM or Ctrl-C: the step is finished, saved, and the run left."""
@@ -975,33 +975,35 @@ def introduce(run: Run, resumed: bool) -> None:
         warn(f"--learning_rate {config.learning_rate} suits the toy; this size usually gets 1e-6")
 
 
-@errors.record  # a rank that breaks leaves its traceback to torchrun
-def main(arguments: Optional[list[str]] = None) -> None:
-    rank, world, device = start_distributed()
-    run, handlers = None, {}
+@errors.record  # a rank that breaks leaves its traceback to torchrun, before the others miss it
+def work(run: Run, arguments: list[str]) -> None:
     try:
-        try:
-            run = Run(parse(sys.argv[1:] if arguments is None else arguments), rank, world, device)
-            set_up(run)
-        except (ValueError, OSError) as error:
-            fail(error)
-        handlers = {n: signal.signal(n, run.interrupt) for n in (signal.SIGTERM, signal.SIGINT)}
-        with run.grader:
-            introduce(run, load_checkpoint(run))
-            train(run)
-        if not run.stop:
-            save_final(run)
-            summary(run)
-        else:
-            run.say(f"stopped by a signal after step {run.state.step}; --resume goes on from there")
+        run.config = parse(arguments)
+        set_up(run)
+    except (ValueError, OSError) as error:
+        fail(error)
+    run.handlers = {n: signal.signal(n, run.interrupt) for n in (signal.SIGTERM, signal.SIGINT)}
+    with run.grader:
+        introduce(run, load_checkpoint(run))
+        train(run)
+    if not run.stop:
+        save_final(run)
+        summary(run)
+    else:
+        run.say(f"stopped by a signal after step {run.state.step}; --resume goes on from there")
+
+
+def main(arguments: Optional[list[str]] = None) -> None:
+    run = Run(*start_distributed())
+    try:
+        work(run, sys.argv[1:] if arguments is None else arguments)
     finally:
-        for number, handler in handlers.items():
+        for number, handler in run.handlers.items():
             signal.signal(number, handler)
-        if run is not None:
-            run.policy = None  # DDP must not be what ends the process group: that can deadlock
-        if run is not None and run.lock is not None:
+        run.policy = None  # DDP must not be what ends the process group: that can deadlock
+        if run.lock is not None:
             run.lock.close()
-        if run is not None and run.engine is not None:
+        if run.engine is not None:
             run.engine.close()
         if dist.is_initialized():  # vLLM destroys it too
             dist.destroy_process_group()

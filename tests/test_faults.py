@@ -215,6 +215,7 @@ def test_when_all_are_damaged_the_run_starts_again(done, launch, tmp_path):
 def test_a_signal_finishes_the_step_saves_and_leaves(
     sent, owner, name, done, launch, tmp_path, monkeypatch
 ):
+    folder = copied(done(1, 4), tmp_path / "run")
     original, before = getattr(owner, name), [signal.getsignal(n) for n in (2, 15)]
 
     def signalled(*arguments, **keywords):
@@ -223,12 +224,12 @@ def test_a_signal_finishes_the_step_saves_and_leaves(
 
     monkeypatch.setattr(owner, name, signalled)
     often = 1 if owner is train else 2
-    run = launch(copied(done(1, 4), tmp_path / "run"), *FLAGS, 6, "--resume", "--save_every", often)
+    run = launch(folder, *FLAGS, 6, "--resume", "--save_every", often)
     assert run.code == (130 if sent == signal.SIGINT else 0) and not run.errors
     assert "stopped by a signal after step 5" in run.out and run.metrics[-1]["step"] == 5
     assert [signal.getsignal(n) for n in (2, 15)] == before
     monkeypatch.undo()
-    run = launch(run.folder, *FLAGS, 6, "--resume")
+    run = launch(folder, *FLAGS, 6, "--resume")
     assert "resumed after step 5" in run.out
     assert_same(run, done(1, 6))
 
@@ -270,13 +271,12 @@ def test_ddp_is_gone_before_the_process_group(launch, tmp_path, monkeypatch):
 def test_no_step_on_a_norm_that_is_not_finite(calls, end, done, launch, tmp_path, monkeypatch):
     """The gradients of these micro-batches of steps 5, 6, ... are NaN. Three optimizer steps in a
     row end the run, wherever in a step; without the NaNs it then goes on."""
-    count, loss = iter(range(99)), train.batch_loss
+    folder, count, loss = copied(done(1, 4), tmp_path / "run"), iter(range(99)), train.batch_loss
 
     def poisoned(*arguments):
         return loss(*arguments) * (float("nan") if next(count) in calls else 1)
 
     monkeypatch.setattr(train, "batch_loss", poisoned)
-    folder = copied(done(1, 4), tmp_path / "run")
     run = launch(folder, *FLAGS, 6, "--resume", "--save_every", 2 if end else 1)
     if end is None:
         assert run.code == 0 and [m["nonfinite_updates"] for m in run.steps[4:]] == [2, 0]

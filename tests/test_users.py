@@ -129,7 +129,8 @@ def test_a_model_trains_on_its_own_log_probabilities(kind, run, tmp_path):
 def test_micro_batches_follow_the_model_s_size(size, tokens):
     """The toy; SmolLM2-135M, whose activations take 0.9 to 1.3 MiB a token [measured]; a 7B."""
     config = SimpleNamespace(num_hidden_layers=size[0], hidden_size=size[1])
-    run = train.Run(train.Config(max_context=512), 0, 1, torch.device("cpu"))
+    run = train.Run(0, 1, torch.device("cpu"))
+    run.config = train.Config(max_context=512)
     run.tokenizer, run.model = toy_tokenizer(), SimpleNamespace(config=config)
     run.problems = [Problem("1+1?", "2", "")]
     train.settle(run, run.problems)
