@@ -554,7 +554,7 @@ class VLLMEngine:
 
 
 def load_policy(source: str, dtype, device):
-    """(model in eval mode, tokenizer) of a folder or hub id. ValueError, one line, if it is none."""
+    """(evaluating model, tokenizer) of a folder or hub id. ValueError, one line, if it is none."""
     if os.path.exists(os.path.join(source, "adapter_config.json")):
         raise ValueError(f"--model {source} is an adapter: merge it into its model first")
     try:
@@ -569,8 +569,8 @@ def load_policy(source: str, dtype, device):
         raise ValueError(f"--model {source} takes more than text; give its language model alone")
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows or not tokenizer.tokenize("1+1"):
-        raise ValueError(f"--model {source}: its tokenizer has {len(tokenizer)} ids, its embedding {rows} "
-                         "rows; take the right tokenizer, or resize the embedding")  # fmt: skip
+        raise ValueError(f"--model {source}: its tokenizer has {len(tokenizer)} ids, its embedding "
+                         f"{rows} rows; take the right one, or resize the other")  # fmt: skip
     return model.to(device).eval(), tokenizer
 
 
@@ -674,7 +674,7 @@ def sample_groups(
 
 
 def grade_groups(grader, tokenizer, tasks, drawn, span) -> list[Group]:
-    """R of Eq. 1; with a `span`, R' and each analysis's span (Eqs. 11, 12). No `grader`: no verdicts."""
+    """R of Eq. 1; with a `span`, R' and the analysis (Eqs. 11, 12). No `grader`: no verdicts."""
     groups = []
     for task, samples in zip(tasks, drawn):
         group = Group(**vars(task), samples=samples, graded=[], spans=[], verdicts=[])
@@ -712,12 +712,12 @@ def claim(folder: Path, settings: dict, free=frozenset()):
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"{folder}: another process is writing there; name another folder") from None
+        raise ValueError(f"{folder}: another process is writing there; name another") from None
     stored = json.loads(file.read_text()) if file.exists() else {}
     for name in settings.keys() & stored.keys() - free:
         if stored[name] != settings[name]:
             there, here = f"{stored[name]!r:.80}", f"{settings[name]!r:.80}"
-            raise ValueError(f"{folder} was begun with {name} {there}, not {here}; name another folder")
+            raise ValueError(f"{folder} was begun with {name} {there}, not {here}; name another")
     if dist.get_rank() == 0:
         file.with_suffix(".part").write_text(json.dumps(stored | settings, indent=1))
         file.with_suffix(".part").replace(file)

@@ -706,7 +706,7 @@ def watch(run, metrics: dict, groups: list[Group]) -> None:
     limit = 0.05 if run.optimizer.bf16 else 0.002  # healthy: 0.01 to 0.02 in bf16, 1e-5 in fp32
     if gap is not None and gap > limit:
         warn(f"step {state.step}: engine and trainer disagree by {gap:.3g} in log p on average, "
-             f"more than {limit}: the engine has stale weights, or computes something else")  # fmt: skip
+             f"more than {limit}: it has stale weights, or computes something else")  # fmt: skip
     if run.optimizer.skipped_in_a_row >= 3:
         fail(f"step {state.step}, stage {state.stage}: three gradients in a row were not finite, "
              "none was used; lower --learning_rate, and look at samples.jsonl")  # fmt: skip
@@ -742,7 +742,7 @@ def show_correction(run, groups: list[Group], examples: list[Example]) -> None:
     ids = group.prompt + group.samples[e.sample].token_ids
     prompt, start, end = len(group.prompt), e.first, len(e.ids)
     run.say(
-        f"\n--- stage 2, visit {run.state.visits}: a prompt and a correction, Â' {e.advantage:.2f}; "
+        f"\n--- stage 2, visit {run.state.visits}: a prompt and correction, Â' {e.advantage:.2f}; "
         f"what carries gradient stands between {on} and {off}\n{decode(ids[:prompt])}\n---\n"
         f"{decode(ids[prompt:start])}{on}{decode(ids[start:end])}{off}{decode(ids[end:])}\n---"
     )
@@ -949,7 +949,7 @@ def claim_output(run: Run) -> None:
     run.output = Path(config.output_dir)
     begun = (run.output / "metrics.jsonl").exists() or (run.output / "checkpoints").exists()
     if begun and not config.resume:
-        raise ValueError(f"--output_dir {run.output} holds a run; add --resume, or name another folder")
+        raise ValueError(f"--output_dir {run.output} holds a run; add --resume, or name another")
     # By content, not by name: a file may change behind its path, a template may write today's date.
     problems = repr([(p.problem, p.answer) for p in [*run.problems, *run.eval_tasks]]).encode()
     settings = asdict(config) | {"ranks": run.world, "first_prompt": run.first_prompt}

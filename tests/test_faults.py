@@ -328,5 +328,4 @@ train.trial_and_error = broken
     job = torchrun(tmp_path / "run", "--algorithm", "grpo", breaks=breaks)
     _, err = job.communicate(timeout=300)
     assert job.returncode == 1 and "RuntimeError: CUDA out of memory" in err and "in broken" in err
-    assert re.search(r"Root Cause.*rank +: 1", err, re.S)
     assert not (tmp_path / "run" / "final").exists()
