@@ -2,9 +2,7 @@ r"""Responses -> R in {0, 1} (Eq. 1), and the two sections of a correction (Eqs.
 
 A right answer that is missed costs a sample; a wrong one that is paid poisons the training. So what
 is in doubt is wrong, and so is what leaves work undone: a policy soon learns to box the question.
-An answer that is not the gold letter for letter goes to a worker: a subprocess that runs this file,
-killed when it is late. Not a thread, which nothing stops; not multiprocessing, which imports train.
-
+What is not the gold letter for letter goes to a worker: a subprocess, because that can be killed.
     >>> grade([r"\boxed{0.5}", r"\boxed{964+494}"], ["1/2", "1458"])
     [1.0, 0.0]
 """
@@ -23,8 +21,7 @@ import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import wait
 
-MEMORY = 2**30  # bytes of address space for a worker, which needs a tenth of it
-START = 120.0   # seconds in which a new worker must be ready; 0.7 on an idle core
+MEMORY, START = 2**30, 120.0  # a worker's bytes of address space, and seconds until it is ready
 
 
 def answer_start(text):
@@ -321,7 +318,8 @@ def undone(expression, text):
                 kinds.add("sum")  # 964 + 494, but not 1 + \sqrt{2}
         elif isinstance(node, sympy.Mul):  # 2 \cdot 3, but not 2^6 \cdot 3^5, 6 \times 10^{-3}
             factors = [f.doit() for f in node.args if f.is_number and f not in (1, -1) and not (
-                f.is_Pow and f.base.doit().is_Integer and f.exp.is_Integer and f.exp not in (0, 1))]
+                f.is_Pow and f.base.doit().is_Integer and f.exp.is_Integer
+                and f.doit() not in (1, f.base))]
             product = sympy.Mul.make_args(sympy.Mul(*factors))
             if len(product) < len(factors) or sum(factor.is_Add for factor in factors) > 1:
                 kinds.add("product")
