@@ -20,7 +20,7 @@ import torch.distributed as dist
 from conftest import FEW, ROOT, TINY, TOY, same_weights
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 import train
