@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from decimal import Decimal
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import count
 from pathlib import Path
 from typing import Optional
@@ -35,7 +35,7 @@ import torch.distributed as dist
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_utils import AttentionInterface
 
 from error_pool import after_thinking
@@ -87,8 +87,7 @@ def read_rows(source: str):
 
             return parquet.read_table(source).to_pylist()
         if os.path.isfile(source) or re.search(r"\.(jsonl?|csv|txt|gz)$", source):
-            with open(source, encoding="utf-8-sig") as file:
-                text = file.read()
+            text = Path(source).read_text(encoding="utf-8-sig")
             if text.lstrip().startswith("["):
                 return json.loads(text)
             for line in filter(str.strip, text.split("\n")):
@@ -318,6 +317,31 @@ def grouped_decode(module, query, key, value, attention_mask, scaling=None, **_)
 AttentionInterface.register("grouped_decode", grouped_decode)
 
 
+class RoomyLayer(DynamicLayer):
+    """The library's cache of a layer copies all of itself at every token; this one has room."""
+
+    room = ()  # keys, values [R,K,more,D], of which the first columns are in use
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        start = self.keys.shape[2]
+        end = start + key_states.shape[2]
+        if not self.room or end > self.room[0].shape[2]:
+            more = (*key_states.shape[:2], end - start + 32)
+            self.room = [torch.cat((old, old.new_empty(*more, old.shape[3])), dim=2)
+                         for old in (self.keys, self.values)]  # fmt: skip
+        for room, new in zip(self.room, (key_states, value_states)):
+            room[:, :, start:end] = new
+        self.keys, self.values = (room[:, :, :end] for room in self.room)
+        return self.keys, self.values
+
+    def reorder_cache(self, rows):
+        super().reorder_cache(rows)
+        self.room = ()
+
+
 class TransformersEngine:
     """Samples from the live model itself: nothing to push, nothing to put to sleep.
 
@@ -329,7 +353,7 @@ class TransformersEngine:
     max_rows = 512  # in flight at a time [ours]
     prefill_tokens = 32_768  # of the prompts that go through the model together [ours]
 
-    def __init__(self, model, tokenizer, *, max_context: int, memory_share: float = 0.3):
+    def __init__(self, model, tokenizer, *, max_context: int, memory_share=0.3, model_path=None):
         self.model, self.tokenizer, self.max_context = model, tokenizer, max_context
         self.stop, self.grouped = stop_ids(model, tokenizer), False
         one = torch.ones(1, 1, dtype=torch.long, device=model.device)
@@ -347,35 +371,31 @@ class TransformersEngine:
         self.cache_tokens = int(memory_share * memory / token_bytes)
 
     def wake(self) -> None:
-        pass
+        """Nothing was put to sleep."""
+
+    sleep = close = wake
 
     def update_weights(self, model) -> None:
         self.model = model
 
-    def sleep(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
     @torch.no_grad()  # not inference_mode: a rotary table kept from it could not be trained with
-    def generate(self, prompts, n, *, temperature, top_p=1.0, max_new_tokens, seeds, progress=None):
-        """n samples of each prompt, [prompts][n]; seeds[b][i] is that of sample i of prompt b."""
+    def generate(self, prompts, n, *, temperature, top_p=1.0, max_new_tokens, seeds, bar=tqdm):
+        """n samples of each prompt, [prompts][n]; seeds[b][i] is that of sample i of prompt b.
+
+        `bar` makes the progress bar; it gets its total.
+        """
         how = dict(temperature=temperature, top_p=top_p, vocabulary=len(self.tokenizer))
         samples = [[Sample([], [], "", False) for _ in range(n)] for _ in prompts]
         order = sorted(range(len(prompts)), key=lambda b: -len(prompts[b]))  # so little is padded
         waiting = [(prompts[b], seeds[b][i], samples[b][i]) for b in order for i in range(n)]
-        was_training = self.model.training
         self.model.eval()  # which also lets a model with gradient checkpointing use a cache
-        try:
+        with bar(total=len(waiting)) as progress:
             while waiting:
                 width = len(waiting[0][0])
                 rows = min(self.max_rows, self.cache_tokens // (width + max_new_tokens))
                 rows = max(1, min(rows, n * (self.prefill_tokens // width)))
                 self.decode(waiting[:rows], max_new_tokens, how, progress)
                 waiting = waiting[rows:]
-        finally:
-            self.model.train(was_training)
         return samples
 
     def decode(self, live: list, max_new_tokens: int, how: dict, progress) -> None:
@@ -406,8 +426,7 @@ class TransformersEngine:
                     sample.text = to_text(self.tokenizer, prompt, said)
                 else:
                     going.append(row)
-            if progress and len(going) < len(live):
-                progress(len(live) - len(going))
+            progress.update(len(live) - len(going))
             if not going:
                 return
             if len(going) < len(live):
@@ -422,6 +441,8 @@ class TransformersEngine:
         """The model over new tokens [R,t]: the logits after the last one [R,V], and the cache."""
         config, own = self.model.config, self.model.config._attn_implementation
         config._attn_implementation = "grouped_decode" if self.grouped and cache else own
+        if self.grouped and not cache:
+            cache = Cache(layer_class_to_replicate=RoomyLayer)
         try:
             out = self.model(input_ids=ids, attention_mask=mask, position_ids=position,
                              past_key_values=cache, use_cache=True, logits_to_keep=1)  # fmt: skip
@@ -525,7 +546,7 @@ class VLLMEngine:
         """Gives all memory back, and destroys the process group, the trainer's own included."""
         self.llm.llm_engine.engine_core.shutdown()
 
-    def generate(self, prompts, n, *, temperature, top_p=1.0, max_new_tokens, seeds, progress=None):
+    def generate(self, prompts, n, *, temperature, top_p=1.0, max_new_tokens, seeds, bar=tqdm):
         """As TransformersEngine.generate. A request for each sample, since each has its seed;
         through the prefix cache the n of a prompt share its keys and values."""
         if not self.fresh:
@@ -535,15 +556,8 @@ class VLLMEngine:
                    logprobs=0, flat_logprobs=True, detokenize=False)  # fmt: skip
         requests = [{"prompt_token_ids": prompt} for prompt in prompts for _ in range(n)]
         parameters = [self.parameters(seed=seed, **how) for row in seeds for seed in row]
-        self.llm.enqueue(requests, parameters, use_tqdm=False)
-        outputs = []
-        while self.llm.llm_engine.has_unfinished_requests():
-            done = [output for output in self.llm.llm_engine.step() if output.finished]
-            outputs += done
-            if progress and done:
-                progress(len(done))
-        outputs.sort(key=lambda output: int(output.request_id))  # counts the requests
         samples = []
+        outputs = self.llm.generate(requests, parameters, use_tqdm=bar)
         for request, output in zip(requests, outputs, strict=True):
             (out,) = output.outputs
             ids, finished = list(out.token_ids), out.finish_reason == "stop"
@@ -574,24 +588,20 @@ def load_policy(source: str, dtype, device):
     return model.to(device).eval(), tokenizer
 
 
-def make_engine(kind: str, model, tokenizer, *, model_path, max_context, memory_share=0.3):
+def make_engine(kind: str, model, tokenizer, **options):
     """The engine `kind`: vllm, transformers, or auto: vllm if it is installed and there is a GPU.
 
-    `model` is the live Hugging Face model, `model_path` where its checkpoint is. ValueError, one
-    line, if the engine cannot be had.
+    `options` are max_context, memory_share and model_path, where the checkpoint of `model` is.
+    ValueError, one line, if the engine cannot be had.
     """
     why = "as --rollout says"
     if kind == "auto":
         gpu, installed = torch.cuda.is_available(), importlib.util.find_spec("vllm")
         kind = "vllm" if gpu and installed else "transformers"
-        why = "vLLM is installed" if installed else "vLLM is not installed"
-        why = why if gpu else "there is no GPU"
-    options = dict(max_context=max_context, memory_share=memory_share)
+        why = f"vLLM is {'' if installed else 'not '}installed" if gpu else "there is no GPU"
     try:
-        if kind == "vllm":
-            engine = VLLMEngine(model, tokenizer, model_path=model_path, **options)
-        else:
-            engine = TransformersEngine(model, tokenizer, **options)
+        engine = {"vllm": VLLMEngine, "transformers": TransformersEngine}[kind]
+        engine = engine(model, tokenizer, **options)
     except ValueError:
         raise
     except Exception as problem:  # not installed, or a model without a cache
@@ -665,10 +675,8 @@ def sample_groups(
     mine = tasks[rank::world]
     seeds = [[sample_seed(seed, step, t.question, i, t.corrects) for i in samples] for t in mine]
     how = dict(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seeds=seeds)
-    bar = tqdm(total=len(mine) * len(samples), desc="sampling", unit="sample", leave=False, delay=5,
-               disable=rank > 0)  # fmt: skip
-    with bar:
-        drawn = engine.generate([t.prompt for t in mine], len(samples), progress=bar.update, **how)
+    how["bar"] = partial(tqdm, unit="sample", leave=False, delay=5, disable=rank > 0)
+    drawn = engine.generate([task.prompt for task in mine], len(samples), **how)
     parts = gather([grade_groups(grader, tokenizer, mine, drawn, span)])
     return [parts[b % world][b // world] for b in range(len(tasks))]
 

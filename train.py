@@ -46,7 +46,7 @@ import time
 import warnings
 import zipfile
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -67,7 +67,7 @@ from transformers.utils.logging import disable_progress_bar
 from error_pool import ErrorPool, correction_prompt, informative, next_stage
 from evaluate import accuracy, correction_tasks, records
 from loss import (
-    analysis_mask, carries_gradient, deal, group_advantages, importance_weights,
+    REDUCTIONS, analysis_mask, carries_gradient, deal, group_advantages, importance_weights,
     overlong_punishment, policy_loss, step_denominator, token_logprobs,
 )  # fmt: skip
 from reward import Grader
@@ -107,17 +107,13 @@ class Config:
     group_size: int = flag(8, "G, samples a question (TRL: num_generations)")
     max_new_tokens: int = flag(160, "longest response, also L_max (TRL: max_completion_length)")
     temperature: float = flag(1.0, "of sampling and of every log-probability (TRL: temperature)")
-    updates_per_rollout: int = flag(2, "optimizer steps of a rollout (TRL: steps_per_generation)")
+    updates_per_rollout: int = flag(2, "optimizer steps a rollout (TRL: steps_per_generation)")
     scale: Literal["std", "none"] = flag("std", "Eq. 2; none: Dr. GRPO (TRL: scale_rewards)")
     clip_low: float = flag(0.2, "Eq. 5's lower clip; 0.2 is usual with GRPO (TRL: epsilon)")
     clip_high: Optional[float] = flag(None, "default 0.2, dapo 0.28 (TRL: epsilon_high)")
     beta: float = flag(0.0, "Eq. 5's KL weight; DeepSeekMath 0.04, R1 0.001, DAPO 0 (TRL: beta)")
-    reduction: Optional[Literal["grpo", "dapo", "dr_grpo"]] = flag(
-        None, "Eq. 6; default: dapo with --algorithm dapo, else grpo (TRL: loss_type)"
-    )
-    importance_cap: float = flag(
-        2.0, "C of Eq. 14 [ours], 0: off (TRL: vllm_importance_sampling_clip_max)"
-    )
+    reduction: Optional[Literal[REDUCTIONS]] = flag(None, "Eq. 6; default grpo (TRL: loss_type)")
+    importance_cap: float = flag(2.0, "C of Eq. 14 (TRL: vllm_importance_sampling_clip_max)")
     # Error pool and stage 2
     pool_trigger: int = flag(32, "N of Eq. 9: errors that start stage 2 [ours]")
     min_variance: float = flag(0.15, "tau of Eq. 7; 0: no filter [ours: 2 to 6 right of 8]")
@@ -127,7 +123,7 @@ class Config:
     credit: Literal["analysis", "response"] = flag("analysis", "Eq. 12; response: all (ablation)")
     analysis_span: Literal["sections", "prefix"] = flag("sections", "prefix: all before it too")
     # DAPO's own
-    dynamic_sampling: Optional[int] = flag(None, "rounds of drawing anew; default 1, dapo 4 [ours]")
+    dynamic_sampling: Optional[int] = flag(None, "rounds of drawing; default 1, dapo 4 [ours]")
     overlong_cache: Optional[int] = flag(None, "C of Eq. 15; default 0, dapo max_new_tokens / 5")
     # Optimizer
     learning_rate: float = flag(5e-4, "5e-4: the toy's; usual for 1.5B: 1e-6 (TRL: learning_rate)")
@@ -138,14 +134,10 @@ class Config:
     # Machine
     rollout: Literal["auto", "vllm", "transformers"] = flag("auto", "the engine (TRL: use_vllm)")
     precision: Literal["auto", "fp32", "bf16"] = flag("auto", "auto: bf16 on a GPU (TRL: bf16)")
-    micro_batch_tokens: Optional[int] = flag(
-        None, "padded, of a forward pass; default: by model size (TRL: per_device_train_batch_size)"
-    )
+    micro_batch_tokens: Optional[int] = flag(None, "of a forward pass; default: by model size")
     logprob_chunk: int = flag(1024, "positions whose logits exist at the same time")
     gradient_checkpointing: bool = flag(False, "recompute activations (TRL: the same)")
-    max_context: Optional[int] = flag(
-        None, "of prompt + response; default: what the run needs (TRL: vllm_max_model_length)"
-    )
+    max_context: Optional[int] = flag(None, "default: by need (TRL: vllm_max_model_length)")
     memory_share: float = flag(0.3, "of the GPU, for the engine (TRL: vllm_gpu_memory_utilization)")
     # What is written, and when
     eval_every: int = flag(10, "steps between evaluations, 0: at both ends only (TRL: eval_steps)")
@@ -197,7 +189,7 @@ def check(config: Config) -> None:
         if value is None and name in of_algorithm:
             setattr(c, name, of_algorithm[name])
         elif isinstance(value, (int, float)):
-            least = 2 if name == "group_size" else 1 if name in AT_LEAST_ONE else 0
+            least = 2 if name == "group_size" else int(name in AT_LEAST_ONE)
             if not value >= least:  # not `<`: nan is never less
                 raise ValueError(f"--{name} {value}: must be at least {least}")
     B, G = c.questions_per_step, c.group_size
@@ -234,10 +226,8 @@ class State:
     tokens: int = 0  # sampled so far
     visits: int = 0  # to stage 2
     visit_loss_tokens: int = 0  # of the current visit
-    visit_well_formed: float = 0.0  # the shares of its steps, summed
     dropped_errors: int = 0  # whose correction prompt did not fit
-    all_wrong: int = 0  # stage-1 steps in a row
-    all_cut_off: int = 0
+    barren: int = 0  # stage-1 steps in a row without a right, or without a finished response
 
 
 def train(run) -> None:
@@ -250,7 +240,8 @@ def train(run) -> None:
     while state.step < config.steps and not run.stop:
         step, run.seconds, started = state.step + 1, Counter(), time.perf_counter()
         switched = switch_stage(run)  # Eq. 9
-        push_weights(run)
+        run.engine.wake()
+        run.engine.update_weights(run.model)
         act = trial_and_error if state.stage == 1 else self_correction
         groups, examples, metrics = act(run, step)  # Eqs. 1, 2, 7, 8 or 2, 10, 11, 12
         run.engine.sleep()
@@ -266,14 +257,12 @@ def train(run) -> None:
             metrics |= evaluate_policy(run)
         log(run, {"step": step, "stage": state.stage} | metrics, groups)
         watch(run, metrics, groups)
-        bar.set_postfix_str(progress(run, metrics))
+        share = metrics["accuracy"] if state.stage == 1 else metrics["correction_success"]
+        bar.set_postfix(stage=state.stage, right=share, pool=len(run.pool or ()))
         bar.update()
-        due = step == config.steps or step % config.save_every == 0
-        if due:
-            save_checkpoint(run)
         # Decided together: a signal may reach the ranks in different steps.
         run.stop = any(gather([run.signalled]))
-        if run.stop and not due:
+        if run.stop or step == config.steps or step % config.save_every == 0:
             save_checkpoint(run)
     bar.close()
 
@@ -318,7 +307,7 @@ def self_correction(run, step: int) -> tuple[list[Group], list["Example"], dict]
         masks.append(analysis_mask(spans, max(lengths), success))  # m, Eq. 12
         counted.append([end - start for start, end in (span or (0, 0) for span in spans)])
     examples = make_examples(groups, advantages, masks, counted)
-    well_formed = np.mean([span is not None for g in groups for span in g.spans]).item()
+    well_formed = np.mean([span is not None for g in groups for span in g.spans])
     success = rewards.mean().item()
     return groups, examples, {"correction_success": success, "well_formed": well_formed}
 
@@ -375,11 +364,6 @@ def draw_samples(run, step: int, tasks: list[Task], span: Optional[str] = None) 
     return groups
 
 
-def push_weights(run) -> None:
-    run.engine.wake()
-    run.engine.update_weights(run.model)
-
-
 def switch_stage(run) -> bool:
     """Eq. 9. True if the stage changed; a visit to stage 2 that taught nothing gets a warning."""
     config, state, before = run.config, run.state, run.state.stage
@@ -388,12 +372,11 @@ def switch_stage(run) -> bool:
     N, B = config.pool_trigger, config.questions_per_step
     state.stage = next_stage(before, len(run.pool), N, B)  # Eq. 9
     if before < state.stage:
-        state.visits, state.visit_loss_tokens, state.visit_well_formed = state.visits + 1, 0, 0.0
+        state.visits, state.visit_loss_tokens = state.visits + 1, 0
     if before > state.stage and not state.visit_loss_tokens and config.train_stages != "1":
-        reason = "none was right where another was wrong"
-        if not state.visit_well_formed:
-            reason = "none had both headers, `Analysis:` and `Corrected Solution:`"
-        warn(f"visit {state.visits} to stage 2 trained on nothing: of its corrections {reason}")
+        warn(f"visit {state.visits} to stage 2 trained on nothing: no correction had both headers, "
+             "`Analysis:` and `Corrected Solution:`, or none was right where another was wrong; "
+             "see well_formed in metrics.jsonl")  # fmt: skip
     return before != state.stage
 
 
@@ -405,7 +388,8 @@ def evaluate_policy(run) -> dict:
     config, started = run.config, time.perf_counter()
     if not run.eval_tasks:
         return {}
-    push_weights(run)
+    run.engine.wake()
+    run.engine.update_weights(run.model)
     by, longest = (run.engine, run.tokenizer, run.grader), config.max_new_tokens
     how = dict(seed=config.seed, temperature=config.temperature, max_new_tokens=longest)
     answers = sample_groups(*by, run.eval_tasks, range(1), **how)
@@ -482,6 +466,7 @@ def collate(examples: list[Example], device) -> SimpleNamespace:
 
 def update(policy, reference, optimizer, config: Config, step: int, groups, examples) -> dict:
     """Ascends J_1 (Eq. 6) or J_2 (Eq. 13) in `updates_per_rollout` optimizer steps."""
+    policy.train(config.gradient_checkpointing)  # only in training mode does a model recompute
     updates, world, totals = config.updates_per_rollout, dist.get_world_size(), Counter()
     device, minibatches = next(policy.parameters()).device, []
     for u in range(updates):
@@ -671,13 +656,14 @@ def log(run, metrics: dict, groups: list[Group]) -> None:
     metrics = {"accuracy": None, "correction_success": None} | metrics
     if groups:
         verdicts = [verdict for g in groups for verdict in g.verdicts]
+        lengths = [len(s.token_ids) for s in samples]
         metrics |= {name: verdicts.count(name) for name in ("right", "wrong", "ungradable")}
-        metrics["mixed_groups"] = np.mean([len(set(g.rewards)) > 1 for g in groups]).item()
-        metrics["truncated"] = np.mean([not s.finished for s in samples]).item()
-        metrics["mean_length"] = np.mean([len(s.token_ids) for s in samples]).item()
-        spent = sum(run.seconds.values())
-        metrics["tokens_per_second"] = sum(len(s.token_ids) for s in samples) / spent
-    metrics |= {name: value for name, value in asdict(state).items() if name in CUMULATIVE}
+        metrics["mixed_groups"] = np.mean([len(set(g.rewards)) > 1 for g in groups])
+        metrics["truncated"] = np.mean([not s.finished for s in samples])
+        metrics["mean_length"] = np.mean(lengths)
+        metrics["tokens_per_second"] = sum(lengths) / sum(run.seconds.values())
+    for name in ("visits", "dropped_errors", "questions", "samples", "tokens"):
+        metrics[name] = getattr(state, name)
     metrics["pool_size"] = len(run.pool) if run.pool is not None else None
     metrics["seconds"] = {part: round(seconds, 4) for part, seconds in run.seconds.items()}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -697,9 +683,6 @@ def log(run, metrics: dict, groups: list[Group]) -> None:
             file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-CUMULATIVE = ("visits", "dropped_errors", "questions", "samples", "tokens")
-
-
 def watch(run, metrics: dict, groups: list[Group]) -> None:
     """Words about a run with wrong numbers or one that cannot learn; the end of one beyond help."""
     state, gap = run.state, metrics.get("logp_gap")
@@ -712,24 +695,14 @@ def watch(run, metrics: dict, groups: list[Group]) -> None:
              "none was used; lower --learning_rate, and look at samples.jsonl")  # fmt: skip
     if state.stage == 2:
         state.visit_loss_tokens += metrics.get("loss_tokens", 0)
-        state.visit_well_formed += metrics["well_formed"] or 0
         return
     finished = any(s.finished for g in groups for s in g.samples)
-    state.all_cut_off = 0 if finished else state.all_cut_off + 1
-    state.all_wrong = 0 if metrics["accuracy"] else state.all_wrong + 1
-    if state.all_cut_off == 4:
-        warn("four steps in a row every response was cut off: raise --max_new_tokens, or teach the "
-             "model to end its turn")  # fmt: skip
-    elif state.all_wrong == 4:
-        warn("four steps in a row every response was wrong: see samples.jsonl; usually nothing is "
-             "boxed, the problems are too hard, or --train_data has other answers")  # fmt: skip
-
-
-def progress(run, metrics: dict) -> str:
-    share = metrics["accuracy"] if run.state.stage == 1 else metrics["correction_success"]
-    name = "right" if run.state.stage == 1 else "corrected"
-    pool = f", pool {len(run.pool)}/{run.config.pool_trigger}" if run.pool is not None else ""
-    return f"stage {run.state.stage}, {'-' if share is None else f'{share:.2f}'} {name}{pool}"
+    state.barren = 0 if finished and metrics["accuracy"] else state.barren + 1
+    if state.barren == 4:
+        usual = ("nothing is boxed, the problems are too hard, or --train_data has other answers"
+                 if finished else "--max_new_tokens is low, or the model ends no turn")  # fmt: skip
+        what = "wrong" if finished else "cut off"
+        warn(f"four steps in a row every response was {what}; usually {usual}: see samples.jsonl")
 
 
 def show_correction(run, groups: list[Group], examples: list[Example]) -> None:
@@ -811,32 +784,29 @@ def save_checkpoint(run) -> None:
             shutil.rmtree(old)
 
 
-def load_checkpoint(run) -> bool:
-    """Loads the newest step that is whole on every rank, cuts the logs to it. False: none is."""
-    saved = {"logs": {"metrics.jsonl": 0, "samples.jsonl": 0}}
+def load_checkpoint(run) -> None:
+    """Loads the newest step that is whole on every rank, if any is, and cuts the logs to it."""
+    sizes = {"metrics.jsonl": 0, "samples.jsonl": 0}
     for folder in sorted((run.output / "checkpoints").glob("step_*[0-9]"), reverse=True):
         file = folder / f"rank_{run.rank}.pt"
-        shard = None
+        saved = None
         try:
             if not zipfile.ZipFile(file).testzip():  # torch.load does not notice a flipped byte
                 # To the host first: on the GPU the shard would be there twice.
-                shard = torch.load(file, map_location="cpu", weights_only=True)
+                saved = torch.load(file, map_location="cpu", weights_only=True)
         except Exception:  # damaged bytes raise anything
             pass
-        bad = gather([str(file)] if shard is None else [])
+        bad = gather([str(file)] if saved is None else [])
         if not bad:
-            saved = shard
+            run.state, sizes = State(**saved["state"]), saved["logs"]
+            run.optimizer.load_state_dict(saved["optimizer"])
+            if run.pool is not None:
+                run.pool.load_state_dict(saved["pool"])
             break
         warn(f"{', '.join(bad)}: missing or damaged, so the checkpoint before it is used, if any")
-    if "state" in saved:
-        run.state = State(**saved["state"])
-        run.optimizer.load_state_dict(saved["optimizer"])
-        if run.pool is not None:
-            run.pool.load_state_dict(saved["pool"])
-    for name, size in saved["logs"].items() if run.rank == 0 else ():
+    for name, size in sizes.items() if run.rank == 0 else ():
         (run.output / name).touch()
         os.truncate(run.output / name, size)  # what was logged after it is done again
-    return "state" in saved
 
 
 def save_final(run) -> None:
@@ -859,7 +829,7 @@ class Run:
         self.rank, self.world, self.device = rank, world, device
         self.state, self.seconds = State(), Counter()
         self.signalled, self.stop, self.exit_code = False, False, 0
-        self.lock, self.engine, self.handlers = None, None, {}
+        self.end = ExitStack()  # what is to be closed or put back when the run ends
 
     def interrupt(self, number: int, _) -> None:
         """SIGTERM or Ctrl-C: the step is finished, saved, and the run left."""
@@ -887,21 +857,23 @@ def set_up(run: Run) -> None:
     decay, norm = config.weight_decay, config.max_grad_norm
     run.optimizer = MasterAdamW(run.model, dtype, weight_decay=decay, max_norm=norm)
     check_logprobs(run)
-    temperature, chunk, run.reference = config.temperature, config.logprob_chunk, None
-    if config.beta:  # else pi_ref is not even loaded
-        reference, _ = load_policy(config.model, dtype, run.device)
-        run.reference = Policy(reference.requires_grad_(False), temperature, chunk)
-    run.grader = Grader()
+    run.grader = run.end.enter_context(Grader())
     run.engine = make_engine(
         config.rollout, run.model, run.tokenizer, model_path=config.model,
         max_context=config.max_context, memory_share=config.memory_share,
     )  # fmt: skip
+    run.end.callback(run.engine.close)
     if config.gradient_checkpointing:  # after the engine has looked at the model's cache
         run.model.gradient_checkpointing_enable({"use_reentrant": False})
-        run.model.train()
+    temperature, chunk, run.reference = config.temperature, config.logprob_chunk, None
+    if config.beta:  # else pi_ref is not even loaded
+        reference, _ = load_policy(config.model, dtype, run.device)
+        run.reference = Policy(reference.requires_grad_(False), temperature, chunk)
     # No buffers to broadcast: a collective in each forward pass, and ranks differ in their number.
     how = dict(gradient_as_bucket_view=True, broadcast_buffers=False)
     run.policy = DistributedDataParallel(Policy(run.model, temperature, chunk), **how)
+    # DDP must not be what ends the process group: that can deadlock.
+    run.end.callback(setattr, run, "policy", None)
     run.pool = None
     if config.algorithm == "scrpo":
         run.pool = ErrorPool(config.min_variance, config.errors_per_question)
@@ -955,10 +927,10 @@ def claim_output(run: Run) -> None:
     settings = asdict(config) | {"ranks": run.world, "first_prompt": run.first_prompt}
     settings["problems"] = hashlib.sha256(problems).hexdigest()
     free = FREE - {"steps"} if config.schedule == "cosine" else FREE
-    run.lock = claim(run.output, settings, free if begun else settings.keys())
+    run.end.enter_context(claim(run.output, settings, free if begun else settings.keys()))
 
 
-def introduce(run: Run, resumed: bool) -> None:
+def introduce(run: Run) -> None:
     """What is about to happen, and the first rendered prompt."""
     config, size = run.config, sum(p.numel() for p in run.model.parameters()) / 1e6
     compute = "bf16" if run.optimizer.bf16 else "fp32"
@@ -969,10 +941,8 @@ def introduce(run: Run, resumed: bool) -> None:
         f"tokens, micro-batches of {config.micro_batch_tokens}; writing to {run.output}\n"
         f"--- the first prompt\n{run.tokenizer.decode(run.first_prompt)}\n---"
     )
-    if resumed:
+    if run.state.step:
         run.say(f"resumed after step {run.state.step}, in stage {run.state.stage}")
-    if size > 100 and config.learning_rate > 2e-5:
-        warn(f"--learning_rate {config.learning_rate} suits the toy; this size usually gets 1e-6")
 
 
 @errors.record  # a rank that breaks leaves its traceback to torchrun, before the others miss it
@@ -982,29 +952,24 @@ def work(run: Run, arguments: list[str]) -> None:
         set_up(run)
     except (ValueError, OSError) as error:
         fail(error)
-    run.handlers = {n: signal.signal(n, run.interrupt) for n in (signal.SIGTERM, signal.SIGINT)}
-    with run.grader:
-        introduce(run, load_checkpoint(run))
-        train(run)
-    if not run.stop:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        run.end.callback(signal.signal, number, signal.signal(number, run.interrupt))
+    load_checkpoint(run)
+    introduce(run)
+    train(run)
+    if run.stop:
+        run.say(f"stopped by a signal after step {run.state.step}; --resume goes on from there")
+    else:
         save_final(run)
         summary(run)
-    else:
-        run.say(f"stopped by a signal after step {run.state.step}; --resume goes on from there")
 
 
 def main(arguments: Optional[list[str]] = None) -> None:
     run = Run(*start_distributed())
     try:
-        work(run, sys.argv[1:] if arguments is None else arguments)
+        with run.end:
+            work(run, sys.argv[1:] if arguments is None else arguments)
     finally:
-        for number, handler in run.handlers.items():
-            signal.signal(number, handler)
-        run.policy = None  # DDP must not be what ends the process group: that can deadlock
-        if run.lock is not None:
-            run.lock.close()
-        if run.engine is not None:
-            run.engine.close()
         if dist.is_initialized():  # vLLM destroys it too
             dist.destroy_process_group()
     if run.exit_code:
