@@ -172,13 +172,13 @@ class ChunkedLogprobs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature, chunk):
+    def forward(ctx, hidden, weight, bias, targets, temperature, chunk, vocabulary):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         logp = hidden.new_empty(len(targets), dtype=dtype)
         log_z, entropy = torch.empty_like(logp), torch.empty_like(logp)
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
-            logits = scaled_logits(hidden[part], weight, bias, temperature)  # [chunk,V]
+            logits = scaled_logits(hidden[part], weight, bias, temperature, vocabulary)  # [chunk,V]
             top = logits.amax(dim=1, keepdim=True)
             probs = torch.exp(logits.sub_(top))  # in place: no third [chunk,V] exists
             z = probs.sum(dim=1)
@@ -187,7 +187,7 @@ class ChunkedLogprobs(torch.autograd.Function):
             log_z[part] = top.squeeze(1) + z.log()
             del logits, probs  # or they would still be there while the next chunk's are made
         ctx.save_for_backward(hidden, weight, bias, targets, log_z)
-        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.temperature, ctx.chunk, ctx.vocabulary = temperature, chunk, vocabulary
         ctx.mark_non_differentiable(entropy)
         return logp, entropy
 
@@ -201,8 +201,8 @@ class ChunkedLogprobs(torch.autograd.Function):
         for start in range(0, len(targets), ctx.chunk):
             part = slice(start, start + ctx.chunk)
             grad = grad_logp[part, None] / ctx.temperature
-            logits = scaled_logits(hidden[part], weight, bias, ctx.temperature)  # [chunk,V]
-            probs = logits.sub_(log_z[part, None]).exp_()
+            logits = scaled_logits(hidden[part], weight, bias, ctx.temperature, ctx.vocabulary)
+            probs = logits.sub_(log_z[part, None]).exp_()  # [chunk,V]
             # g (1[v = target] - p_v) / T
             grad_logits = probs.mul_(-grad).scatter_add_(1, targets[part, None], grad)
             if bias is not None:
@@ -215,22 +215,26 @@ class ChunkedLogprobs(torch.autograd.Function):
                 grad_weight += grad_logits.T @ hidden[part]
             del logits, probs, grad_logits
         grad_bias = None if bias is None else grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None, None
+        return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None, None, None
 
 
-def scaled_logits(hidden, weight, bias, temperature: float) -> torch.Tensor:
-    """(h W^T + b) / T in at least fp32, [N,D] -> [N,V]."""
+def scaled_logits(hidden, weight, bias, temperature: float, vocabulary=None) -> torch.Tensor:
+    """(h W^T + b) / T in at least fp32, [N,D] -> [N,V]; no chance for ids from `vocabulary` on."""
     logits = torch.nn.functional.linear(hidden, weight, bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits[:, vocabulary or len(weight) :] = -1e30  # not -inf: the entropy has p log p
     return logits if temperature == 1 else logits.div_(temperature)
 
 
-def token_logprobs(model, input_ids, attention_mask, first, temperature=1.0, chunk=1024):
+def token_logprobs(
+    model, input_ids, attention_mask, first, temperature=1.0, chunk=1024, vocabulary=None
+):
     """log pi(token | what precedes it) at the sampling temperature, and the policy's entropy there.
 
     model      a Hugging Face causal language model; no autocast, which backward would not see
     input_ids  prompt + completion [S,L], padded on the *right*, where attention_mask is 0
     first      position of the first wanted token [S], at least 1; all after it are wanted
+    vocabulary ids of the tokenizer; the embedding may have more, which mean nothing and get no mass
 
     Returns (logp, entropy), [S,T], at least fp32: column t of row s is token first[s] + t, 0 past
     the row's end. Only logp has a gradient. The head sees only what predicts a wanted token.
@@ -243,7 +247,7 @@ def token_logprobs(model, input_ids, attention_mask, first, temperature=1.0, chu
     predicts = (position >= first[:, None] - 1) & (position < end[:, None] - 1)  # [S,L-1]
     logp, entropy = ChunkedLogprobs.apply(
         hidden[:, :-1][predicts], head.weight, head.bias, input_ids[:, 1:][predicts],
-        temperature, chunk,
+        temperature, chunk, vocabulary,
     )  # [N]  # fmt: skip
     width = torch.arange(int((end - first).max()), device=input_ids.device)
     wanted = width < (end - first)[:, None]  # [S,T], as many True as in `predicts`, in their order

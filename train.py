@@ -22,14 +22,14 @@ How it stays simple at any size:
 
 1. Every rank samples and grades its own questions, then one gather gives all groups to all ranks.
    From there on all but the forward passes is the same pure computation on every rank: the pool,
-   the denominators, who trains on what. No rank is special in the algorithm.
+   the denominators, who trains on what.
 2. All randomness is a function of (seed, step, question, sample), never of a generator's history.
    So batches and restarts change nothing, and a checkpoint needs no random state.
 3. Loss tokens are counted over the whole optimizer step before the first micro-batch; sums are
-   divided by that count and multiplied by the number of ranks, because DDP averages. Not a mean per
-   micro-batch: it would weigh tokens by the company they happen to be in.
-4. Weights are kept in fp32, also where bf16 computes: at lr 1e-6 an update is smaller than half a
-   bf16 step, and most of it would be rounded away.
+   divided by that count and multiplied by the number of ranks, because DDP averages. A mean per
+   micro-batch would weigh tokens by the company they happen to be in.
+4. Weights are kept in fp32, also where bf16 computes: at lr 1e-6 most of an update is smaller than
+   half a bf16 step, and would be rounded away.
 
 Left out on purpose: tensor parallelism, off-policy rollouts, a reward model, a second correction.
 """
@@ -249,8 +249,8 @@ def train(run) -> None:
         if switched and state.stage == 2:
             show_correction(run, groups, examples)
         if config.train_stages in ("both", str(state.stage)):
-            trained = (run.policy, run.reference, run.optimizer)
-            metrics |= update(*trained, config, step, groups, examples)  # Eqs. 3 to 6, 13, 14
+            of_run = (run.policy, run.reference, run.optimizer, config)
+            metrics |= update(*of_run, step, groups, examples)  # Eqs. 3 to 6, 13, 14
             run.seconds["update"] = time.perf_counter() - started - run.seconds["rollout"]
         state.step = step
         if step == config.steps or (config.eval_every and step % config.eval_every == 0):
@@ -375,8 +375,7 @@ def switch_stage(run) -> bool:
         state.visits, state.visit_loss_tokens = state.visits + 1, 0
     if before > state.stage and not state.visit_loss_tokens and config.train_stages != "1":
         warn(f"visit {state.visits} to stage 2 trained on nothing: no correction had both headers, "
-             "`Analysis:` and `Corrected Solution:`, or none was right where another was wrong; "
-             "see well_formed in metrics.jsonl")  # fmt: skip
+             "`Analysis:` and `Corrected Solution:`, or none was right where another was wrong")
     return before != state.stage
 
 
@@ -390,12 +389,13 @@ def evaluate_policy(run) -> dict:
         return {}
     run.engine.wake()
     run.engine.update_weights(run.model)
-    by, longest = (run.engine, run.tokenizer, run.grader), config.max_new_tokens
+    longest, one = config.max_new_tokens, range(1)
     how = dict(seed=config.seed, temperature=config.temperature, max_new_tokens=longest)
-    answers = sample_groups(*by, run.eval_tasks, range(1), **how)
+    by = (run.engine, run.tokenizer, run.grader)
+    answers = sample_groups(*by, run.eval_tasks, one, **how)
     wrong = [group for group in answers if group.verdicts != ["right"]]
     tasks = correction_tasks(run.tokenizer, records(wrong), longest, run.engine.max_context)
-    corrections = sample_groups(*by, tasks, range(1), span=config.analysis_span, **how)
+    corrections = sample_groups(*by, tasks, one, span=config.analysis_span, **how)
     run.engine.sleep()
     run.seconds["evaluation"] = time.perf_counter() - started
     (right, right_se), (corrected, corrected_se) = accuracy(answers), accuracy(corrections)
@@ -437,12 +437,12 @@ def make_examples(groups, advantages, masks, counted) -> list[Example]:
 class Policy(torch.nn.Module):
     """The model as DDP has to see it: its forward pass gives log-probabilities, never logits."""
 
-    def __init__(self, model, temperature: float, chunk: int):
+    def __init__(self, model, *how):
         super().__init__()
-        self.model, self.temperature, self.chunk = model, temperature, chunk
+        self.model, self.how = model, how  # temperature, chunk, vocabulary
 
     def forward(self, ids, attention, first):
-        return token_logprobs(self.model, ids, attention, first, self.temperature, self.chunk)
+        return token_logprobs(self.model, ids, attention, first, *self.how)
 
 
 def collate(examples: list[Example], device) -> SimpleNamespace:
@@ -865,13 +865,13 @@ def set_up(run: Run) -> None:
     run.end.callback(run.engine.close)
     if config.gradient_checkpointing:  # after the engine has looked at the model's cache
         run.model.gradient_checkpointing_enable({"use_reentrant": False})
-    temperature, chunk, run.reference = config.temperature, config.logprob_chunk, None
+    how, run.reference = (config.temperature, config.logprob_chunk, len(run.tokenizer)), None
     if config.beta:  # else pi_ref is not even loaded
         reference, _ = load_policy(config.model, dtype, run.device)
-        run.reference = Policy(reference.requires_grad_(False), temperature, chunk)
+        run.reference = Policy(reference.requires_grad_(False), *how)
     # No buffers to broadcast: a collective in each forward pass, and ranks differ in their number.
-    how = dict(gradient_as_bucket_view=True, broadcast_buffers=False)
-    run.policy = DistributedDataParallel(Policy(run.model, temperature, chunk), **how)
+    options = dict(gradient_as_bucket_view=True, broadcast_buffers=False)
+    run.policy = DistributedDataParallel(Policy(run.model, *how), **options)
     # DDP must not be what ends the process group: that can deadlock.
     run.end.callback(setattr, run, "policy", None)
     run.pool = None
