@@ -249,8 +249,8 @@ def train(run) -> None:
         if switched and state.stage == 2:
             show_correction(run, groups, examples)
         if config.train_stages in ("both", str(state.stage)):
-            of_run = (run.policy, run.reference, run.optimizer, config)
-            metrics |= update(*of_run, step, groups, examples)  # Eqs. 3 to 6, 13, 14
+            trained = (run.policy, run.reference, run.optimizer)
+            metrics |= update(*trained, config, step, groups, examples)  # Eqs. 3 to 6, 13, 14
             run.seconds["update"] = time.perf_counter() - started - run.seconds["rollout"]
         state.step = step
         if step == config.steps or (config.eval_every and step % config.eval_every == 0):
