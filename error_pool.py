@@ -25,18 +25,21 @@ def informative(right: int, group_size: int, min_variance: float) -> bool:
 
 
 def after_thinking(text: str) -> str:
-    """What follows the last `</think>`; all where there is no thinking, nothing where it is open.
+    """What follows the last `</think>`: all of a text without thinking, nothing of an unclosed one.
 
     >>> [after_thinking(text) for text in ("<think>2+2</think>It is 4.", "It is 4.", "<think>2+2")]
     ['It is 4.', 'It is 4.', '']
     """
-    _, closed, answer = text.rpartition("</think>")
-    return answer.strip() if closed or "<think>" not in text else ""
+    answer = text.rpartition("</think>")[2]
+    return "" if "<think>" in answer else answer.strip()
 
 
 def correction_prompt(problem: str, wrong_response: str) -> str:
-    """x' = T(q, o_wrong), the user turn of stage 2 (Eq. 10); the two sections are the paper's."""
-    # Not an assistant's turn: of which chat templates drop what stands before `</think>`.
+    """x' = T(q, o_wrong), the user turn of stage 2 (Eq. 10).
+
+    The two sections are the paper's, the wording is [ours]. The response is quoted, not given as an
+    assistant's turn, of which a chat template may cut a part.
+    """
     return (
         "Here is a problem and a wrong solution of it.\n\n"
         f"Problem:\n{problem}\n\nWrong solution:\n{wrong_response}\n\n"

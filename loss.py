@@ -1,11 +1,12 @@
-"""The equations of ScRPO that work on tensors, as pure functions, in the order of a step:
+"""The equations of ScRPO that work on tensors, as pure functions. A step uses them in this order:
 
-    rewards [B,G] --Eqs. 15, 2--> advantages               group_advantages
+    rewards [B,G] --Eqs. 15, 2--> advantages               group_advantages, overlong_punishment
     Eq. 12 ---------------------> m[j,t], stage 2          analysis_mask
+    samples --------------------> micro-batches            step_denominator, deal
     sampled ids ----------------> log pi_theta, entropy    token_logprobs
-    Eqs. 3 to 6, 13, 14 --------> l[i,t], then -J          policy_loss, step_denominator
+    Eqs. 3 to 6, 13, 14 --------> l[i,t], then -J          policy_loss
 
-Shapes: B questions, G samples a group, S sequences, T loss columns, L sequence length, N wanted
+Shapes: B questions, G samples a group, S sequences, T loss columns, L sequence length, M wanted
 tokens, D hidden size, V vocabulary. Sources: GRPO (DeepSeekMath 2402.03300), DAPO (2503.14476),
 Dr. GRPO (2503.20783), ScRPO (2511.06065); [ours] marks what none of them states.
 """
@@ -45,7 +46,8 @@ def overlong_punishment(lengths: torch.Tensor, max_length: int, cache: int) -> t
 def kl_k3(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
     """D = pi_ref/pi_theta - log(pi_ref/pi_theta) - 1 >= 0 at the sampled tokens (Eq. 4; GRPO).
 
-    Its gradient is k3's own, as in GRPO; for the KL's own DeepSeek-V3.2 multiplies by the ratio.
+    "k3" is Schulman's third estimator of the KL. Its value is unbiased; its gradient, which GRPO
+    follows, is not that of the KL, for which DeepSeek-V3.2 multiplies it by the ratio.
 
     >>> kl_k3(torch.tensor([-1.0]), torch.tensor([-1.5])).round(decimals=4)   # e^-0.5 + 0.5 - 1
     tensor([0.1065])
@@ -68,7 +70,7 @@ def clipped_surrogate(logp, old_logp, advantages, clip_low: float, clip_high: fl
 
 
 def importance_weights(old_logp: torch.Tensor, engine_logp: torch.Tensor, cap: float):
-    """w = min(C, pi_old / mu), without gradient: corrects an engine of other numerics (Eq. 14).
+    """w = min(C, pi_old / mu), no gradient: corrects an engine of other numerics (Eq. 14; ours).
 
     >>> importance_weights(torch.tensor([-1.0, -1.0]), torch.tensor([-1.1, -3.0]), cap=2.0)
     tensor([1.1052, 2.0000])
@@ -96,8 +98,8 @@ def analysis_mask(spans, width: int, success=None, device=None) -> torch.Tensor:
 def step_denominator(lengths, reduction: str, max_length: int) -> float:
     """What the token sums of one optimizer step, over all ranks, are divided by (Eqs. 6, 13).
 
-    `lengths` has |o_i|, or in stage 2 |Analysis(y_j)| (0 if not well-formed), of *every* sample, be
-    it skipped for want of a gradient or a failed correction: success changes the numerator only.
+    `lengths` has |o_i|, or in stage 2 |Analysis(y_j)| (0 if not well-formed), of *every* sample,
+    of those without a gradient too: success changes the numerator only [ours].
 
     >>> [step_denominator([2, 6, 0, 0], reduction, max_length=10) for reduction in REDUCTIONS]
     [4, 8, 40]
@@ -163,16 +165,15 @@ def policy_loss(logp, old_logp, ref_logp, advantages, mask, *, clip_low, clip_hi
 
 
 class ChunkedLogprobs(torch.autograd.Function):
-    """log softmax((h W^T + b) / T) at the targets; only `chunk` positions' logits exist at a time.
+    """log softmax of `scaled_logits` at the targets, from `chunk` positions' logits at a time.
 
     One 8,192-token response at a vocabulary of 152k has 4.6 GiB of fp32 logits, and plain autograd
     keeps more. Here forward keeps log Z, one number a position, and backward makes each chunk's
-    logits again: 4 matrix products instead of 3. `checkpoint` per chunk holds twice the memory;
-    torch 2.13's F.linear_cross_entropy 2.7 times, at half the speed, and has no entropy.
+    logits again: 4 matrix products instead of 3. What this saves stands in bench/RESULTS.md.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature, chunk, vocabulary):
+    def forward(ctx, hidden, weight, bias, targets, temperature, chunk, vocabulary=None):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         logp = hidden.new_empty(len(targets), dtype=dtype)
         log_z, entropy = torch.empty_like(logp), torch.empty_like(logp)
@@ -203,7 +204,7 @@ class ChunkedLogprobs(torch.autograd.Function):
             grad = grad_logp[part, None] / ctx.temperature
             logits = scaled_logits(hidden[part], weight, bias, ctx.temperature, ctx.vocabulary)
             probs = logits.sub_(log_z[part, None]).exp_()  # [chunk,V]
-            # g (1[v = target] - p_v) / T
+            # g (1[v = target] - p_v) / temperature
             grad_logits = probs.mul_(-grad).scatter_add_(1, targets[part, None], grad)
             if bias is not None:
                 grad_bias += grad_logits.sum(dim=0)
@@ -219,11 +220,11 @@ class ChunkedLogprobs(torch.autograd.Function):
 
 
 def scaled_logits(hidden, weight, bias, temperature: float, vocabulary=None) -> torch.Tensor:
-    """(h W^T + b) / T in at least fp32, [N,D] -> [N,V]; no chance for ids from `vocabulary` on."""
+    """(h W^T + b) / temperature [M,V], in at least fp32; -1e30 for ids from `vocabulary` on."""
     logits = torch.nn.functional.linear(hidden, weight, bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logits[:, vocabulary or len(weight) :] = -1e30  # not -inf: the entropy has p log p
-    return logits if temperature == 1 else logits.div_(temperature)
+    return logits if temperature == 1 else logits.div_(temperature)  # Eq. 3: at the sampling's
 
 
 def token_logprobs(
@@ -239,7 +240,7 @@ def token_logprobs(
     Returns (logp, entropy), [S,T], at least fp32: column t of row s is token first[s] + t, 0 past
     the row's end. Only logp has a gradient. The head sees only what predicts a wanted token.
     """
-    # No mask: padding on the right is in no token's past, and without one attention is fast.
+    # No attention mask: no token looks to its right, and without a mask attention is fast.
     hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # [S,L,D]
     head = model.get_output_embeddings()
     end = attention_mask.sum(dim=1)  # [S]
@@ -248,9 +249,9 @@ def token_logprobs(
     logp, entropy = ChunkedLogprobs.apply(
         hidden[:, :-1][predicts], head.weight, head.bias, input_ids[:, 1:][predicts],
         temperature, chunk, vocabulary,
-    )  # [N]  # fmt: skip
-    width = torch.arange(int((end - first).max()), device=input_ids.device)
-    wanted = width < (end - first)[:, None]  # [S,T], as many True as in `predicts`, in their order
+    )  # [M]  # fmt: skip
+    column = torch.arange(int((end - first).max()), device=input_ids.device)
+    wanted = column < (end - first)[:, None]  # [S,T], as many True as in `predicts`, in their order
     blank = logp.new_zeros(wanted.shape)
     return blank.masked_scatter(wanted, logp), blank.masked_scatter(wanted, entropy)
 
@@ -267,23 +268,23 @@ def carries_gradient(loss_tokens: int, advantage: float, beta: float) -> bool:
 def deal(lengths, ranks: int, budget: int) -> list[list[list[int]]]:
     """Splits sequences of these `lengths` into micro-batches: [ranks][rounds][indices].
 
-    A micro-batch padded to its longest sequence has at most `budget` tokens, an eighth for padding
-    [ours]; a longer sequence stands alone. Sorted by length and dealt back and forth, so that ranks
-    get about as many tokens. All get as many rounds, some of them empty: DDP waits for every rank.
+    A micro-batch, padded to its longest sequence, has at most `budget` tokens, an eighth of them
+    padding [ours]; a longer sequence stands alone. Sorted by length and dealt back and forth, so
+    that ranks get about as many tokens; and all as many rounds, as DDP waits for every rank.
 
     >>> deal([40, 5, 5, 5, 4], ranks=2, budget=20)
     [[[0], [3, 4]], [[1, 2], []]]
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    hands: list[list[list[int]]] = [[] for _ in range(ranks)]
+    batches: list[list[list[int]]] = [[] for _ in range(ranks)]
     for place, i in enumerate(order):
-        lap, seat = divmod(place, ranks)
-        hand = hands[seat if lap % 2 == 0 else ranks - 1 - seat]
-        batch = [*hand[-1], i] if hand else [i]
+        lap, rank = divmod(place, ranks)
+        mine = batches[rank if lap % 2 == 0 else ranks - 1 - rank]
+        batch = [*mine[-1], i] if mine else [i]
         padded = lengths[batch[0]] * len(batch)
-        if hand and padded <= budget and padded - sum(lengths[j] for j in batch) <= budget / 8:
-            hand[-1] = batch
+        if mine and padded <= budget and padded - sum(lengths[j] for j in batch) <= budget / 8:
+            mine[-1] = batch
         else:
-            hand.append([i])
-    rounds = max(map(len, hands))
-    return [hand + [[] for _ in range(rounds - len(hand))] for hand in hands]
+            mine.append([i])
+    rounds = max(map(len, batches))
+    return [mine + [[] for _ in range(rounds - len(mine))] for mine in batches]

@@ -58,7 +58,7 @@ class Grader(contextlib.ExitStack):
         self.idle = [None] * workers  # None: a worker that is yet to be started
 
     def verdicts(self, responses, golds):
-        """"right", "wrong" or "ungradable": late, out of memory, a gold that nobody can read."""
+        """Each "right", "wrong" or "ungradable": late, out of memory, a gold nobody can read."""
         pairs = list(zip(map(str.strip, golds), map(final_answer, responses), strict=True))
         known = {(gold, answer): "right" if answer == gold else "wrong"
                  for gold, answer in pairs if answer in (gold, None)}
@@ -100,8 +100,8 @@ def ask(worker, job, seconds):
 def find_correction(token_ids, tokenizer, span="sections"):
     """(start, end, solution_text) of a well-formed correction, else None (Eq. 11).
 
-    token_ids[start:end] is the analysis (Eq. 12), from header to header, a token if all of it is
-    [ours]; span="prefix": from token 0. Without skip_special_tokens: <think> may be one.
+    token_ids[start:end] is the analysis (Eq. 12): the tokens that lie wholly between its headers,
+    which are [ours]; span="prefix": from token 0. Without skip_special_tokens: <think> may be one.
     """
     silent = {getattr(tokenizer, name, None) for name in ("eos_token_id", "pad_token_id")}
 
@@ -306,7 +306,7 @@ EAGER = re.compile(  # what the parser does at once, or SymPy later
 
 
 def undone(expression, text):
-    """The kinds of work that are left to the reader (LESSONS 34)."""
+    """The kinds of work that are left to the reader."""
     kinds = set(EAGER.findall(text))
     kinds |= expression.free_symbols if isinstance(expression, sympy.Expr) else set()
     for node in sympy.preorder_traversal(expression):

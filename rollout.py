@@ -206,15 +206,15 @@ def fits(prompt: list[int], max_new_tokens: int, max_context: int) -> bool:
     return len(prompt) + max_new_tokens <= max_context
 
 
-def needed_context(longest_prompt: int, words: int, max_new_tokens: int, limit: int) -> int:
+def needed_context(longest_prompt: int, template: int, max_new_tokens: int, limit: int) -> int:
     """Tokens of the longest sequence a run can meet, at most the model's `limit` [ours].
 
-    That is a correction: question, wrong response, the correction prompt's own `words`, response.
+    That is a correction: question, wrong response, the correction prompt's `template`, response.
 
-    >>> needed_context(longest_prompt=300, words=80, max_new_tokens=1024, limit=32768)
+    >>> needed_context(longest_prompt=300, template=80, max_new_tokens=1024, limit=32768)
     2428
     """
-    return min(limit, longest_prompt + words + 2 * max_new_tokens)
+    return min(limit, longest_prompt + template + 2 * max_new_tokens)
 
 
 def to_text(tokenizer, prompt: list[int], token_ids: list[int]) -> str:
@@ -345,8 +345,9 @@ class RoomyLayer(DynamicLayer):
 class TransformersEngine:
     """Samples from the live model itself: nothing to push, nothing to put to sleep.
 
-    Cache and layers are the library's own, so every causal model works. Finished rows are dropped;
-    their places stay empty until all in flight have finished [ours], which keeps the cache simple.
+    Cache and layers are the library's own, so every causal model works; where all layers attend to
+    everything, RoomyLayer and grouped_decode make them faster. Finished rows are dropped; their
+    places stay empty until all in flight have finished [ours], which keeps the cache simple.
     """
 
     name = "transformers"
@@ -777,7 +778,7 @@ def warn(message, kind: str = "warning") -> None:
 
 
 def fail(message) -> None:
-    """One line from rank 0, exit code 2 on all. What another rank alone finds, it says itself."""
+    """One line from rank 0, exit code 2 on all. The others speak later: one may be alone in it."""
     warn(message, "error")
     if os.environ.get("RANK", "0") != "0":
         time.sleep(3)  # torchrun ends all with the first that ends: rank 0 speaks before that

@@ -15,7 +15,8 @@ The algorithm (equation numbers are this project's; B questions a step, G sample
            advantage Â relative to the group,                          Eq. 2
            wrong responses to informative questions go to the pool E   Eqs. 7, 8
         3. stage 2: the B oldest errors, G corrections each,           Eq. 10       self_correction
-           reward R', and m: only the analysis of a right one counts   Eqs. 11, 12
+           reward R', advantage Â' relative to the group,              Eqs. 11, 2
+           and m: only the analysis of a right one carries gradient    Eq. 12
         4. optimizer steps on the clipped surrogate                    Eqs. 3-6, 13, 14      update
 
 How it stays simple at any size:
@@ -31,7 +32,7 @@ How it stays simple at any size:
 4. Weights are kept in fp32, also where bf16 computes: at lr 1e-6 most of an update is smaller than
    half a bf16 step, and would be rounded away.
 
-Left out on purpose: tensor parallelism, off-policy rollouts, a reward model, a second correction.
+Left out on purpose: tensor parallelism, rollouts beside updates, a reward model.
 """
 
 import hashlib
@@ -57,7 +58,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
-from torch.distributed.elastic.multiprocessing import errors
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -102,18 +103,20 @@ class Config:
     seed: int = flag(0, "all randomness is a function of (seed, step, question, sample)")
     # The algorithm
     algorithm: Literal["scrpo", "grpo", "dapo"] = flag("scrpo", "grpo, dapo: baselines")
-    steps: int = flag(60, "rollouts, each with its updates, in either stage (TRL: max_steps)")
+    steps: int = flag(60, "rollouts, of either stage (TRL: max_steps / updates_per_rollout)")
     questions_per_step: int = flag(32, "B, over all ranks (TRL: generation_batch_size / G)")
     group_size: int = flag(8, "G, samples a question (TRL: num_generations)")
     max_new_tokens: int = flag(160, "longest response, also L_max (TRL: max_completion_length)")
     temperature: float = flag(1.0, "of sampling and of every log-probability (TRL: temperature)")
-    updates_per_rollout: int = flag(2, "optimizer steps a rollout (TRL: steps_per_generation)")
+    updates_per_rollout: int = flag(2, "a rollout (TRL: steps_per_generation / accumulation)")
     scale: Literal["std", "none"] = flag("std", "Eq. 2; none: Dr. GRPO (TRL: scale_rewards)")
     clip_low: float = flag(0.2, "Eq. 5's lower clip; 0.2 is usual with GRPO (TRL: epsilon)")
     clip_high: Optional[float] = flag(None, "default 0.2, dapo 0.28 (TRL: epsilon_high)")
     beta: float = flag(0.0, "Eq. 5's KL weight; DeepSeekMath 0.04, R1 0.001, DAPO 0 (TRL: beta)")
     reduction: Optional[Literal[REDUCTIONS]] = flag(None, "Eq. 6; default grpo (TRL: loss_type)")
-    importance_cap: float = flag(2.0, "C of Eq. 14 (TRL: vllm_importance_sampling_clip_max)")
+    importance_cap: float = flag(
+        2.0, "C of Eq. 14; 0: w = 1 [ours] (TRL: vllm_importance_sampling_clip_max)"
+    )
     # Error pool and stage 2
     pool_trigger: int = flag(32, "N of Eq. 9: errors that start stage 2 [ours]")
     min_variance: float = flag(0.15, "tau of Eq. 7; 0: no filter [ours: 2 to 6 right of 8]")
@@ -121,10 +124,10 @@ class Config:
     train_stages: Literal["both", "1", "2"] = flag("both", "ablation; both are sampled anyway")
     success_conditioned: bool = flag(True, "Eq. 12; off (ablation): failed ones carry their Â too")
     credit: Literal["analysis", "response"] = flag("analysis", "Eq. 12; response: all (ablation)")
-    analysis_span: Literal["sections", "prefix"] = flag("sections", "prefix: all before it too")
+    analysis_span: Literal["sections", "prefix"] = flag("sections", "prefix: till the solution")
     # DAPO's own
     dynamic_sampling: Optional[int] = flag(None, "rounds of drawing; default 1, dapo 4 [ours]")
-    overlong_cache: Optional[int] = flag(None, "C of Eq. 15; default 0, dapo max_new_tokens / 5")
+    overlong_cache: Optional[int] = flag(None, "Eq. 15: length of the ramp; dapo L_max / 5")
     # Optimizer
     learning_rate: float = flag(5e-4, "5e-4: the toy's; usual for 1.5B: 1e-6 (TRL: learning_rate)")
     schedule: Literal["constant", "cosine"] = flag("cosine", "of the rate (TRL: lr_scheduler_type)")
@@ -138,7 +141,7 @@ class Config:
     logprob_chunk: int = flag(1024, "positions whose logits exist at the same time")
     gradient_checkpointing: bool = flag(False, "recompute activations (TRL: the same)")
     max_context: Optional[int] = flag(None, "default: by need (TRL: vllm_max_model_length)")
-    memory_share: float = flag(0.3, "of the GPU, for the engine (TRL: vllm_gpu_memory_utilization)")
+    memory_share: float = flag(0.3, "for the engine (TRL: vllm_gpu_memory_utilization)")
     # What is written, and when
     eval_every: int = flag(10, "steps between evaluations, 0: at both ends only (TRL: eval_steps)")
     eval_questions: int = flag(512, "held-out problems of an evaluation, from the top; 0: none")
@@ -199,7 +202,7 @@ def check(config: Config) -> None:
         raise ValueError("--resume goes on in --output_dir, which is missing: name it")
     if scrpo and c.pool_trigger < B:
         raise ValueError(f"--pool_trigger {c.pool_trigger} is less than --questions_per_step {B}: "
-                         "stage 2 would end before it began; raise it")  # fmt: skip
+                         "stage 2 would begin with too few errors; raise it")  # fmt: skip
     if scrpo and (c.min_variance > 0.25 or not informative(G // 2, G, c.min_variance)):
         raise ValueError(f"--min_variance {c.min_variance}: the rewards of --group_size {G} cannot "
                          "vary so much, and nothing would be informative; lower it")  # fmt: skip
@@ -227,14 +230,13 @@ class State:
     visits: int = 0  # to stage 2
     visit_loss_tokens: int = 0  # of the current visit
     dropped_errors: int = 0  # whose correction prompt did not fit
-    barren: int = 0  # stage-1 steps in a row without a right, or without a finished response
+    barren: int = 0  # stage-1 steps in a row all wrong, or all cut off
 
 
 def train(run) -> None:
     """The algorithm box of the paper. `run` holds what `set_up` built."""
     config, state = run.config, run.state
     if state.step == 0:
-        run.seconds = Counter()
         log(run, {"step": 0, **evaluate_policy(run)}, [])
     bar = tqdm(total=config.steps, initial=state.step, disable=run.rank > 0, desc=config.algorithm)
     while state.step < config.steps and not run.stop:
@@ -276,9 +278,10 @@ def trial_and_error(run, step: int) -> tuple[list[Group], list["Example"], dict]
     longest, cache = config.max_new_tokens, config.overlong_cache
     shaped = rewards + overlong_punishment(lengths, longest, cache) if cache else rewards  # Eq. 15
     advantages = group_advantages(shaped, config.scale)  # Eq. 2
-    for g in groups if run.pool is not None else ():
-        responses, finished = [s.text for s in g.samples], [s.finished for s in g.samples]
-        run.pool.add(g.problem, g.answer, responses, g.rewards, finished)  # Eqs. 7, 8
+    if run.pool is not None:
+        for g in groups:
+            responses, finished = [s.text for s in g.samples], [s.finished for s in g.samples]
+            run.pool.add(g.problem, g.answer, responses, g.rewards, finished)  # Eqs. 7, 8
     masks = [[torch.ones(n, dtype=torch.bool) for n in row] for row in lengths.tolist()]
     examples = make_examples(groups, advantages, masks, lengths.tolist())
     return groups, examples, {"accuracy": rewards.mean().item(), "discarded_groups": discarded}
@@ -303,8 +306,8 @@ def self_correction(run, step: int) -> tuple[list[Group], list["Example"], dict]
     for g in groups:
         lengths = [len(s.token_ids) for s in g.samples]
         spans = g.spans if config.credit == "analysis" else [(0, n) for n in lengths]
-        success = [reward == 1 for reward in g.rewards] if config.success_conditioned else None
-        masks.append(analysis_mask(spans, max(lengths), success))  # m, Eq. 12
+        right = [reward == 1 for reward in g.rewards] if config.success_conditioned else None
+        masks.append(analysis_mask(spans, max(lengths), right))  # m, Eq. 12
         counted.append([end - start for start, end in (span or (0, 0) for span in spans)])
     examples = make_examples(groups, advantages, masks, counted)
     well_formed = np.mean([span is not None for g in groups for span in g.spans])
@@ -380,7 +383,7 @@ def switch_stage(run) -> bool:
 
 
 def evaluate_policy(run) -> dict:
-    """Held-out accuracy, and the share of its own wrong answers that the policy then corrects.
+    """Held-out accuracy, and the share of its own finished wrong answers that the policy corrects.
 
     Always with the same seeds, so that before and after are paired.
     """
@@ -421,7 +424,10 @@ class Example:
 
 
 def make_examples(groups, advantages, masks, counted) -> list[Example]:
-    """Cuts each sample to its loss tokens; one without any keeps its place in the denominator."""
+    """Cuts each sample to its loss tokens; one without any keeps its place in the denominator.
+
+    masks[b][i], bool, and counted[b][i], a length, are those of sample i of group b.
+    """
     examples = []
     for b, group in enumerate(groups):
         for i, s in enumerate(group.samples):
@@ -497,8 +503,11 @@ def update(policy, reference, optimizer, config: Config, step: int, groups, exam
                 (loss * world).backward()  # DDP averages over ranks; the denominator is of all
             optimizer.accumulate()
         norm = optimizer.step(learning_rate(config, step))
-        finite = math.isfinite(norm)
-        totals.update(updates=finite, nonfinite_updates=not finite, norm=norm if finite else 0)
+        if math.isfinite(norm):
+            totals["updates"] += 1
+            totals["norm"] += norm
+        else:
+            totals["nonfinite_updates"] += 1
     torch.cuda.empty_cache()  # vLLM wakes past torch's allocator, and cannot use what that keeps
     return average(totals, gather([totals]), config.beta)
 
@@ -506,8 +515,8 @@ def update(policy, reference, optimizer, config: Config, step: int, groups, exam
 def batch_loss(policy, reference, config: Config, batch, denominator: float, totals: Counter):
     """This micro-batch's part of -J; its part of the step's statistics is added to `totals`."""
     if batch is None:  # nothing left for this rank, but DDP waits for a gradient of every parameter
-        nothing = torch.zeros(1, 2, dtype=torch.long, device=next(policy.parameters()).device)
-        return policy(nothing, nothing + 1, nothing[0, :1] + 1)[0].sum() * 0.0
+        two = torch.ones(1, 2, dtype=torch.long, device=next(policy.parameters()).device)  # tokens
+        return policy(two, two, two[:, 0])[0].sum() * 0.0
     logp, entropy = policy(batch.ids, batch.attention, batch.first)  # [S,T]
     old_logp = logp.detach() if batch.old_logp is None else batch.old_logp
     ref_logp, weights = None, None
@@ -522,9 +531,9 @@ def batch_loss(policy, reference, config: Config, batch, denominator: float, tot
         denominator=denominator,
     )  # fmt: skip
     gap = (old_logp - batch.engine_logp)[batch.mask]  # 0 but for numerics, or the engine is stale
-    totals.update({name: value.item() for name, value in stats.items()})
-    totals["loss"] += loss.item()
-    totals["entropy"] += entropy.detach()[batch.mask].sum().item()
+    stats |= {"loss": loss.detach(), "entropy": entropy[batch.mask].sum()}
+    for name, value in stats.items():
+        totals[name] += value.item()
     totals["gap"] += gap.abs().sum().item()
     totals["gap_max"] = max(totals["gap_max"], gap.abs().max().item())
     totals["capped"] += (gap.exp() > (config.importance_cap or math.inf)).sum().item()
@@ -568,7 +577,7 @@ class MasterAdamW:
 
     With bf16 compute on W ranks and P parameters this is 2P + 2P + 16P/W bytes a rank (weights,
     gradients; master, gradient sum, two moments). With fp32 compute the parameters are their own
-    masters. Not PyTorch's ZeroRedundancyOptimizer: it shards the moments only.
+    masters. PyTorch's ZeroRedundancyOptimizer shards the moments only.
     """
 
     def __init__(self, model, dtype: torch.dtype, *, weight_decay: float, max_norm: float):
@@ -661,7 +670,8 @@ def log(run, metrics: dict, groups: list[Group]) -> None:
         metrics["mixed_groups"] = np.mean([len(set(g.rewards)) > 1 for g in groups])
         metrics["truncated"] = np.mean([not s.finished for s in samples])
         metrics["mean_length"] = np.mean(lengths)
-        metrics["tokens_per_second"] = sum(lengths) / sum(run.seconds.values())
+        seconds = run.seconds["rollout"] + run.seconds["update"]
+        metrics["tokens_per_second"] = sum(lengths) / seconds
     for name in ("visits", "dropped_errors", "questions", "samples", "tokens"):
         metrics[name] = getattr(state, name)
     metrics["pool_size"] = len(run.pool) if run.pool is not None else None
@@ -683,10 +693,13 @@ def log(run, metrics: dict, groups: list[Group]) -> None:
             file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
+# Mean |log pi_old - log mu| is usually 0.01 to 0.02 where bf16 computes (True), 1e-5 in fp32.
+HEALTHY_GAP = {True: 0.05, False: 0.002}
+
+
 def watch(run, metrics: dict, groups: list[Group]) -> None:
-    """Words about a run with wrong numbers or one that cannot learn; the end of one beyond help."""
-    state, gap = run.state, metrics.get("logp_gap")
-    limit = 0.05 if run.optimizer.bf16 else 0.002  # healthy: 0.01 to 0.02 in bf16, 1e-5 in fp32
+    """Warns of a stale engine and of a run that cannot learn; ends one without finite gradients."""
+    state, gap, limit = run.state, metrics.get("logp_gap"), HEALTHY_GAP[run.optimizer.bf16]
     if gap is not None and gap > limit:
         warn(f"step {state.step}: engine and trainer disagree by {gap:.3g} in log p on average, "
              f"more than {limit}: it has stale weights, or computes something else")  # fmt: skip
@@ -823,7 +836,9 @@ def save_final(run) -> None:
 
 
 class Run:
-    """Everything a step needs, under one name."""
+    """Everything a step needs, under one name. Beside what stands here, `set_up` and what it calls
+    make config, model, tokenizer, engine, grader; problems, eval_tasks, first_prompt, output;
+    optimizer, policy (the model in DDP), reference (None: no KL), pool (None: a baseline)."""
 
     def __init__(self, rank: int, world: int, device: torch.device):
         self.rank, self.world, self.device = rank, world, device
@@ -886,9 +901,9 @@ def settle(run: Run, held_out: list) -> None:
     held_out = [ask(run.tokenizer, p, q) for q, p in enumerate(held_out[: config.eval_questions])]
     if config.max_context is None:
         longest = max(len(task.prompt) for task in asked + held_out)
-        words = len(render(run.tokenizer, correction_prompt("", "")))
+        template = len(render(run.tokenizer, correction_prompt("", "")))
         limit = getattr(model, "max_position_embeddings", None) or run.tokenizer.model_max_length
-        config.max_context = needed_context(longest, words, config.max_new_tokens, limit)
+        config.max_context = needed_context(longest, template, config.max_new_tokens, limit)
     if config.micro_batch_tokens is None:
         # Activations of about 16 hidden sizes a layer [measured] may take 4 GiB [ours].
         affordable = 2**32 / (4 * 16 * model.hidden_size * model.num_hidden_layers)
@@ -900,13 +915,13 @@ def settle(run: Run, held_out: list) -> None:
 
 
 def check_logprobs(run: Run) -> None:
-    """ValueError for a model whose logits are not its head's, but scaled or capped (Granite)."""
+    """ValueError for a model that scales or caps what its head gives (Granite, Gemma 2)."""
     ids = torch.tensor([run.first_prompt], device=run.device)
     with torch.no_grad():
         ours, _ = token_logprobs(run.model, ids, torch.ones_like(ids), ids.new_ones(1))
         theirs = run.model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
     gap = (ours[0] - theirs.gather(-1, ids[0, 1:, None])[:, 0]).abs().mean().item()
-    if not gap < (0.05 if run.optimizer.bf16 else 0.002):  # as in `watch`
+    if not gap < HEALTHY_GAP[run.optimizer.bf16]:
         raise ValueError(f"--model {run.config.model} is no causal model, or scales or caps its "
                          f"logits: its log p is {gap:.2g} off what loss.py computes")  # fmt: skip
 
@@ -926,7 +941,7 @@ def claim_output(run: Run) -> None:
     problems = repr([(p.problem, p.answer) for p in [*run.problems, *run.eval_tasks]]).encode()
     settings = asdict(config) | {"ranks": run.world, "first_prompt": run.first_prompt}
     settings["problems"] = hashlib.sha256(problems).hexdigest()
-    free = FREE - {"steps"} if config.schedule == "cosine" else FREE
+    free = FREE - {"steps"} if config.schedule == "cosine" else FREE  # and all before it has begun
     run.end.enter_context(claim(run.output, settings, free if begun else settings.keys()))
 
 
@@ -945,7 +960,7 @@ def introduce(run: Run) -> None:
         run.say(f"resumed after step {run.state.step}, in stage {run.state.stage}")
 
 
-@errors.record  # a rank that breaks leaves its traceback to torchrun, before the others miss it
+@record  # a rank that breaks leaves its traceback to torchrun, before the others miss it
 def work(run: Run, arguments: list[str]) -> None:
     try:
         run.config = parse(arguments)

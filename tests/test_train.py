@@ -585,8 +585,8 @@ def test_help_teaches_every_flag_and_names_trls(capsys):
         train.parse(["--help"])
     text, fields = " ".join(capsys.readouterr().out.split()), train.Config.__dataclass_fields__
     assert all(f"--{name}" in text and len(f.metadata["help"]) > 15 for name, f in fields.items())
-    trl = {"steps": "max_steps", "group_size": "num_generations", "updates_per_rollout":
-           "steps_per_generation", "beta": "beta", "reduction": "loss_type"}  # fmt: skip
+    trl = {"steps": "max_steps / updates_per_rollout", "group_size": "num_generations",
+           "beta": "beta", "reduction": "loss_type", "temperature": "temperature"}  # fmt: skip
     assert all(f"(TRL: {theirs})" in fields[ours].metadata["help"] for ours, theirs in trl.items())
 
 
