@@ -8,9 +8,9 @@
 
 1. Draw k answers to each question, some of every question a pass. A pass ends in
    completions/NAME.jsonl: a kill costs one, and a larger k later draws only what is missing.
-2. --self_correct: give each finished answer, right or wrong, back as a correction prompt (Eq. 10).
-   What comes of it goes to completions/NAME.corrections.jsonl.
-3. Grade what these files hold (Eqs. 1, 11): graded.csv and summary.json. So the same command on a
+2. --self_correct: give each finished answer, right or wrong, back as a correction prompt (Eq. 10);
+   what comes of it goes to completions/NAME.corrections.jsonl.
+3. Grade what these files hold (Eqs. 1, 11): graded.csv, summary.json. So the same command on a
    finished folder grades it again, and loads no model.
 4. --compare: differences on the same questions, which two separate error bars cannot show.
 
@@ -35,7 +35,7 @@ from error_pool import after_thinking, correction_prompt
 from reward import Grader
 from rollout import (
     Task, ask, claim, fail, fits, fitting, gather, load_policy, load_problems, make_engine,
-    needed_context, render, sample_groups, solution_prompt, start_distributed,
+    render, sample_groups, solution_prompt, start_distributed,
 )  # fmt: skip
 
 BENCHMARKS = {  # the paper's five: (source, k). 64: R1-Distill's protocol; 4: ours
@@ -92,7 +92,7 @@ def evaluate(config, rank, device) -> None:
             room = dict(max_context=max_context, memory_share=config.memory_share)
             engine = make_engine(config.rollout, model, tokenizer, model_path=config.model, **room)
             settings["engine"] = f"{engine.name}, {config.precision} on {device.type}"
-        _lock = claim(Path(config.output), settings)  # until this function ends
+        lock = claim(Path(config.output), settings)
     except (OSError, ValueError) as error:
         fail(error)
     how = {name: settings[name] for name in ("seed", "temperature", "top_p", "max_new_tokens")}
@@ -105,6 +105,7 @@ def evaluate(config, rank, device) -> None:
         upcoming = next(passes, None)
     if rank == 0:
         report(config, tasks)
+    lock.close()
     if engine:
         engine.close()
 
@@ -117,13 +118,15 @@ def prepare(config):
     model = AutoConfig.from_pretrained(config.model)
     limit = getattr(model, "max_position_embeddings", None) or tokenizer.model_max_length
     config.max_new_tokens = config.max_new_tokens or min(32768, limit // 2)
+    # Of a correction: question, wrong response, another. Whatever other benchmarks there are.
+    max_context = min(limit, 2 * (config.max_new_tokens + 2048))
     config.output = config.output or f"runs/eval/{Path(config.model).name}"
     names = ("model", "temperature", "top_p", "max_new_tokens", "seed")
     settings = {name: getattr(config, name) for name in names}
     # By content, not by name: what stands behind a path may change, a template may write the date.
     files = [file for kind in WEIGHTS for file in sorted(Path(config.model).glob(kind))]
-    weights = [hashlib.file_digest(f.open("rb"), "sha256").hexdigest()[:12] for f in files]
-    settings["weights"] = weights or getattr(model, "_commit_hash", None)
+    digests = [hashlib.file_digest(f.open("rb"), "sha256").hexdigest()[:12] for f in files]
+    settings["weights"] = digests or getattr(model, "_commit_hash", None)
     settings["prompt"] = tokenizer.decode(render(tokenizer, solution_prompt("PROBLEM")))
     own, tasks = Path(config.model, "test.jsonl"), {}
     for source in config.benchmarks or ([str(own)] if own.exists() else BENCHMARKS):
@@ -134,10 +137,8 @@ def prepare(config):
         content = repr([(p.problem, p.answer) for p in problems]).encode()
         settings[f"problems of {name}"] = hashlib.sha256(content).hexdigest()[:12]
         asked = [ask(tokenizer, problem, q) for q, problem in enumerate(problems)]
-        tasks[name] = fitting(asked, config.max_new_tokens, limit, name)
-    longest = max(len(task.prompt) for asked in tasks.values() for task in asked)
-    words = len(render(tokenizer, correction_prompt("", "")))
-    return tokenizer, tasks, needed_context(longest, words, config.max_new_tokens, limit), settings
+        tasks[name] = fitting(asked, config.max_new_tokens, max_context, name)
+    return tokenizer, tasks, max_context, settings
 
 
 def missing(config, tokenizer, tasks: dict, max_context):
@@ -148,11 +149,9 @@ def missing(config, tokenizer, tasks: dict, max_context):
         for first in range(len(read(file)) // len(asked), k, width):
             yield file, asked, range(first, min(first + width, k)), None
         if config.self_correct:
-            there = {(row["question"], row["sample"]) for row in read(corrected)}
-            todo = [row for row in read(file) if row["sample"] < k]
-            todo = [row for row in todo if (row["question"], row["sample"]) not in there]
-            todo = correction_tasks(tokenizer, todo, config.max_new_tokens, max_context)
-            for first in range(0, len(todo), PASS):
+            answers = [row for row in read(file) if row["sample"] < k]
+            todo = correction_tasks(tokenizer, answers, config.max_new_tokens, max_context)
+            for first in range(len(read(corrected)), len(todo), PASS):
                 yield corrected, todo[first : first + PASS], range(1), "sections"
 
 
@@ -193,18 +192,18 @@ def write(path, rows) -> None:
 
 
 def accuracy(groups) -> tuple[float, float]:
-    """(share of samples that are right, its standard error) of graded groups; nan for none.
+    """(share right, its standard error) of graded groups, a question each; nan for none.
 
-    A question's samples are alike: their mean is one observation. It holds the samples' noise, so
-    the error is over questions and samples both; nan for less than two questions.
+    Samples of a question are alike: their mean is one observation. It holds the samples' noise, so
+    the error is over questions and samples both.
     """
     means = pandas.Series([np.mean(group.rewards) for group in groups], dtype=float)
     return float(means.mean()), float(means.sem())
 
 
-def graded(config, names) -> pandas.DataFrame:
-    """The samples in these benchmarks' files that are numbered below k, and their verdicts."""
-    rows = []
+def report(config, names) -> None:
+    """Grades what the files hold, up to k; writes and prints the table, shares in per cent."""
+    rows, folder = [], Path(config.output)
     for name in names:
         k = config.answers(name)
         for file in (config.file(name), config.file(f"{name}.corrections")):
@@ -216,16 +215,11 @@ def graded(config, names) -> pandas.DataFrame:
     right, corrects = frame.verdict == "right", frame.solution.notna()
     # An answer stands before its correction. Where it was right, the harm is what counts.
     was_right = right.groupby([frame.of, frame.question, frame["sample"]]).transform("first")
-    kinds = ["answers", "right spoiled"]
-    frame["kind"] = np.select([~corrects, was_right], kinds, "wrong put right")
+    frame["kind"] = np.where(was_right, "right spoiled", "wrong put right")
+    frame.loc[~corrects, "kind"] = "answers"
     frame["right"] = right ^ (corrects & was_right)
-    return frame.drop(columns=["response", "solution"])
+    frame.drop(columns=["response", "solution"]).to_csv(folder / "graded.csv", index=False)
 
-
-def report(config, names) -> None:
-    """Grades; writes and prints the table, in which each question counts the same. In per cent."""
-    frame, folder = graded(config, names), Path(config.output)
-    frame.to_csv(folder / "graded.csv", index=False)
     frame["avg@k"] = 100 * frame.right
     frame["cut off"] = 100 * ~frame.finished
     frame["ungradable"] = 100 * (frame.verdict == "ungradable")
@@ -234,13 +228,12 @@ def report(config, names) -> None:
     # Of k drawn, Chen et al.'s unbiased estimator (2107.03374) is: any right?
     questions.insert(1, "pass@k", 100 * (questions["avg@k"] > 0))
     parts = questions.groupby(["of", "kind"])
-    table = parts.mean()
+    table = parts.mean()  # each question counts the same
     table.insert(1, "SE", parts["avg@k"].sem())  # as in `accuracy`
     table["questions"] = parts.size()
     table["samples"] = frame.groupby(["of", "kind"]).size()
     table.reset_index().to_json(folder / "summary.json", orient="records")
-    print(table.to_string(float_format="%.1f"))
-    print(f"in {folder}: completions/, graded.csv, summary.json")
+    print(table.to_string(float_format="%.1f"), f"{folder} has all of it", sep="\n")
 
 
 def compare(folders: list[str]) -> None:
