@@ -4,22 +4,21 @@
     torchrun --standalone --nproc_per_node=8 evaluate.py \\
         --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --output runs/eval/vanilla
     python evaluate.py --model runs/mine/final --benchmarks aime24 own.jsonl --k 16 --self_correct
-    python evaluate.py --compare runs/eval/vanilla runs/eval/mine  # and the paper's figures
+    python evaluate.py --compare runs/eval/vanilla runs/eval/mine
 
 1. Draw k answers to each question, some of every question a pass. A pass ends in
    completions/NAME.jsonl: a kill costs one, and a larger k later draws only what is missing.
-2. --self_correct: give each finished answer, right or wrong, back as a correction prompt (Eq. 10).
-   What comes of it goes to completions/NAME.corrections.jsonl.
-3. Grade what these files hold (Eqs. 1, 11), and write graded.csv, summary.json, table.md and
-   accuracy.png. So the same command on a finished folder grades it again, and loads no model.
+2. --self_correct: give each finished answer, right or wrong, back as a correction prompt (Eq. 10);
+   what comes of it goes to completions/NAME.corrections.jsonl.
+3. Grade what these files hold (Eqs. 1, 11): graded.csv, summary.json. So the same command on a
+   finished folder grades it again, and loads no model.
 4. --compare: differences on the same questions, which two separate error bars cannot show.
 
-Left out: error bars of sampling alone, pass@j below k, majority votes, a model as the judge.
+Left out: pass@j below k, majority votes, a model as the judge, charts.
 """
 
 import hashlib
 import json
-import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,15 +28,14 @@ import numpy as np
 import pandas
 import torch
 import torch.distributed as dist
-from matplotlib.figure import Figure
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
 from error_pool import after_thinking, correction_prompt
-from reward import Grader, final_answer
+from reward import Grader
 from rollout import (
     Task, ask, claim, fail, fits, fitting, gather, load_policy, load_problems, make_engine,
-    needed_context, render, sample_groups, solution_prompt, start_distributed,
+    render, sample_groups, solution_prompt, start_distributed,
 )  # fmt: skip
 
 BENCHMARKS = {  # the paper's five: (source, k). 64: R1-Distill's protocol; 4: ours
@@ -47,13 +45,9 @@ BENCHMARKS = {  # the paper's five: (source, k). 64: R1-Distill's protocol; 4: o
     "math500": ("HuggingFaceH4/MATH-500", 4),
     "gsm8k": ("openai/gsm8k:main:test", 4),
 }
+WEIGHTS = ("*.safetensors", "*.bin", "*.json")  # what makes a checkpoint what it is
+AUTO = "bf16" if torch.cuda.is_available() else "fp32"
 PASS = 2048  # samples of a pass, at least, over all ranks [ours]: enough to keep 8 engines busy
-PAPER = {  # arXiv 2511.06065, in points over vanilla
-    "GRPO 1.5B": {"aime24": "+3.4"},
-    "DAPO 1.5B": {"aime24": "+4.5"},
-    "ScRPO 1.5B": {"aime24": "+5.7", "average": "+6.0 to 64.8, of all five"},
-    "ScRPO 7B": {"average": "+3.2 to 77.8, of all five"},
-}
 
 
 def flag(default, text: str):
@@ -65,10 +59,7 @@ class EvalConfig:
     """A model -> its accuracy. The defaults are R1-Distill's protocol (2501.12948)."""
 
     model: str = flag(str(Path(__file__).parent / "toy"), "folder, or id on the hub")
-    benchmarks: Optional[list[str]] = flag(
-        None, f"of {', '.join(BENCHMARKS)}, or files, or id:config:split of the hub; "
-        "default: the model's own test.jsonl, as in toy/, or all five"
-    )  # fmt: skip
+    benchmarks: Optional[list[str]] = flag(None, "as aime24, file, or hub dataset; default: all")
     k: int = flag(0, "answers a question; 0: 64 for aime24 and amc23, else 4")
     temperature: float = flag(0.6, "of sampling; 0: the likeliest token, and k is 1")
     top_p: float = flag(0.95, "sample from the likeliest tokens that hold this probability")
@@ -78,42 +69,29 @@ class EvalConfig:
     output: Optional[str] = flag(None, "folder; default: in runs/eval/")
     compare: Optional[list[str]] = flag(None, "folders of finished evaluations, the baseline first")
     rollout: Literal["auto", "vllm", "transformers"] = flag("auto", "the engine")
-    precision: Literal["auto", "fp32", "bf16"] = flag("auto", "of the weights; auto: bf16 on a GPU")
+    precision: Literal["fp32", "bf16"] = flag(AUTO, "of the weights; default: bf16 on a GPU")
     memory_share: float = flag(0.7, "of the device's memory, for the engine")
 
-    def __post_init__(self):
-        if min(self.k, self.temperature, self.max_new_tokens) < 0:
-            raise ValueError("--k, --temperature and --max_new_tokens must not be negative")
-        if not (0 < self.top_p <= 1 and 0 < self.memory_share <= 1):
-            raise ValueError("--top_p and --memory_share must be above 0 and at most 1")
-
-    def answers(self, name: str) -> int:
-        """k of this benchmark."""
+    def answers(self, name: str) -> int:  # k of this benchmark
         return 1 if self.temperature == 0 else self.k or BENCHMARKS.get(name, ("", 4))[1]
 
     def file(self, name: str) -> Path:
         return Path(self.output, "completions", f"{name}.jsonl")
 
 
-# ------------------------------------------------------------------------------------------ samples
-
-
 def evaluate(config, rank, device) -> None:
     """On every rank: draws what is missing. Rank 0 then grades and reports."""
+    engine = None
     try:
         tokenizer, tasks, max_context, settings = prepare(config)
-        passes, engine = missing(config, tokenizer, tasks, max_context), None
+        passes = missing(config, tokenizer, tasks, max_context)
         upcoming = next(passes, None)
         if upcoming:
-            automatic = "bf16" if device.type == "cuda" else "fp32"
-            precision = automatic if config.precision == "auto" else config.precision
-            dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+            dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
             model, _ = load_policy(config.model, dtype, device)
-            engine = make_engine(
-                config.rollout, model, tokenizer, model_path=config.model, max_context=max_context,
-                memory_share=config.memory_share,
-            )  # fmt: skip
-            settings["engine"] = f"{engine.name}, {precision} on {device.type}"
+            room = dict(max_context=max_context, memory_share=config.memory_share)
+            engine = make_engine(config.rollout, model, tokenizer, model_path=config.model, **room)
+            settings["engine"] = f"{engine.name}, {config.precision} on {device.type}"
         lock = claim(Path(config.output), settings)
     except (OSError, ValueError) as error:
         fail(error)
@@ -134,15 +112,21 @@ def evaluate(config, rank, device) -> None:
 
 def prepare(config):
     """(tokenizer, {benchmark: tasks}, longest sequence, settings). Loads no model."""
+    if min(config.k, config.temperature, config.max_new_tokens) < 0 or not 0 < config.top_p <= 1:
+        raise ValueError("--k, --temperature, --max_new_tokens are at least 0, --top_p in (0, 1]")
     tokenizer = AutoTokenizer.from_pretrained(config.model)
     model = AutoConfig.from_pretrained(config.model)
     limit = getattr(model, "max_position_embeddings", None) or tokenizer.model_max_length
     config.max_new_tokens = config.max_new_tokens or min(32768, limit // 2)
+    # Of a correction: question, wrong response, another. Whatever other benchmarks there are.
+    max_context = min(limit, 2 * (config.max_new_tokens + 2048))
     config.output = config.output or f"runs/eval/{Path(config.model).name}"
     names = ("model", "temperature", "top_p", "max_new_tokens", "seed")
     settings = {name: getattr(config, name) for name in names}
     # By content, not by name: what stands behind a path may change, a template may write the date.
-    settings["weights"] = fingerprint(config.model) or getattr(model, "_commit_hash", None)
+    files = [file for kind in WEIGHTS for file in sorted(Path(config.model).glob(kind))]
+    digests = [hashlib.file_digest(f.open("rb"), "sha256").hexdigest()[:12] for f in files]
+    settings["weights"] = digests or getattr(model, "_commit_hash", None)
     settings["prompt"] = tokenizer.decode(render(tokenizer, solution_prompt("PROBLEM")))
     own, tasks = Path(config.model, "test.jsonl"), {}
     for source in config.benchmarks or ([str(own)] if own.exists() else BENCHMARKS):
@@ -153,33 +137,26 @@ def prepare(config):
         content = repr([(p.problem, p.answer) for p in problems]).encode()
         settings[f"problems of {name}"] = hashlib.sha256(content).hexdigest()[:12]
         asked = [ask(tokenizer, problem, q) for q, problem in enumerate(problems)]
-        tasks[name] = fitting(asked, config.max_new_tokens, limit, name)
-    longest = max(len(task.prompt) for asked in tasks.values() for task in asked)
-    words = len(render(tokenizer, correction_prompt("", "")))
-    return tokenizer, tasks, needed_context(longest, words, config.max_new_tokens, limit), settings
+        tasks[name] = fitting(asked, config.max_new_tokens, max_context, name)
+    return tokenizer, tasks, max_context, settings
 
 
 def missing(config, tokenizer, tasks: dict, max_context):
     """Yields the passes that are not in the files yet: (file, tasks, sample numbers, span)."""
     for name, asked in tasks.items():
-        k, width = config.answers(name), math.ceil(PASS / len(asked))
-        for first in range(len(read(config.file(name))) // len(asked), k, width):
-            yield config.file(name), asked, range(first, min(first + width, k)), None
+        file, corrected = config.file(name), config.file(f"{name}.corrections")
+        k, width = config.answers(name), 1 + PASS // len(asked)
+        for first in range(len(read(file)) // len(asked), k, width):
+            yield file, asked, range(first, min(first + width, k)), None
         if config.self_correct:
-            answers = [row for row in read(config.file(name)) if row["sample"] < k]
-            corrected = config.file(f"{name}.corrections")
-            there = {(row["question"], row["sample"]) for row in read(corrected)}
+            answers = [row for row in read(file) if row["sample"] < k]
             todo = correction_tasks(tokenizer, answers, config.max_new_tokens, max_context)
-            todo = [task for task in todo if (task.question, task.corrects) not in there]
-            for first in range(0, len(todo), PASS):
+            for first in range(len(read(corrected)), len(todo), PASS):
                 yield corrected, todo[first : first + PASS], range(1), "sections"
 
 
 def correction_tasks(tokenizer, answers, max_new_tokens, max_context) -> list[Task]:
-    """x' of Eq. 10 for each of these `records` that is finished and fits, in order.
-
-    As in training, the model is shown only what follows its thinking.
-    """
+    """x' of Eq. 10 for these `records`, if finished and fitting. It shows what follows thinking."""
     tasks = []
     for row in answers:
         shown = after_thinking(row["response"])
@@ -214,126 +191,72 @@ def write(path, rows) -> None:
     path.with_suffix(".tmp").replace(path)
 
 
-def fingerprint(model: str) -> str:
-    """Of a checkpoint's files; empty for a model on the hub."""
-    kept = (".safetensors", ".bin", ".json")
-    files = sorted(file for file in Path(model).glob("*") if file.suffix in kept)
-    digests = [hashlib.file_digest(file.open("rb"), "sha256").hexdigest() for file in files]
-    return "".join(digests) and hashlib.sha256("".join(digests).encode()).hexdigest()[:12]
-
-
-# ------------------------------------------------------------------------------------------ figures
-
-
-def standard_error(frame) -> float:
-    """Of the mean of `right`, over questions and samples both; nan for less than two questions.
-
-    Samples of a question are alike, so residuals are first summed within it. With k samples of each
-    this is std(ddof=1) / sqrt(questions) of the questions' means, which hold the samples' noise.
-    """
-    residuals = (frame.right - frame.right.mean()).groupby(frame.question).sum()
-    n = len(residuals)
-    return math.sqrt(n / (n - 1) * (residuals**2).sum()) / len(frame) if n > 1 else math.nan
-
-
 def accuracy(groups) -> tuple[float, float]:
-    """(share of samples that are right, its standard error) of graded groups; nan for none."""
-    right = [(group.question, reward) for group in groups for reward in group.rewards]
-    frame = pandas.DataFrame(right, columns=["question", "right"]).astype(float)
-    return float(frame.right.mean()), standard_error(frame)
+    """(share right, its standard error) of graded groups, a question each; nan for none.
 
-
-def graded(grader, file, k) -> pandas.DataFrame:
-    """The samples of a file that are numbered below k, and their verdicts."""
-    rows = [row for row in read(file) if row["sample"] < k]
-    texts = [row["response"] if row["solution"] is None else row["solution"] for row in rows]
-    verdicts = grader.verdicts(texts, [row["gold"] for row in rows])  # Eqs. 1, 11
-    for row, text, verdict in zip(rows, texts, verdicts):
-        row |= {"answer": final_answer(text), "verdict": verdict, "right": verdict == "right"}
-    return pandas.DataFrame(rows)
-
-
-def figures(frame) -> dict:
-    """A row of the table; shares in per cent."""
-    return {
-        "questions": frame.question.nunique(),
-        "k": frame["sample"].nunique(),
-        "samples": len(frame),
-        "avg@k": 100 * frame.right.mean(),
-        "SE": 100 * standard_error(frame),
-        # Of k drawn, Chen et al.'s unbiased estimator (2107.03374) is: any right?
-        "pass@k": 100 * frame.groupby("question").right.any().mean(),
-        "tokens": frame.tokens.mean(),
-        "cut off": 100 - 100 * frame.finished.mean(),
-        "ungradable": 100 * (frame.verdict == "ungradable").mean(),
-    }
+    Samples of a question are alike: their mean is one observation. It holds the samples' noise, so
+    the error is over questions and samples both.
+    """
+    means = pandas.Series([np.mean(group.rewards) for group in groups], dtype=float)
+    return float(means.mean()), float(means.sem())
 
 
 def report(config, names) -> None:
-    """Grades; writes and prints the table."""
-    folder, parts = Path(config.output), {}
+    """Grades what the files hold, up to k; writes and prints the table, shares in per cent."""
+    rows, folder = [], Path(config.output)
+    for name in names:
+        k = config.answers(name)
+        for file in (config.file(name), config.file(f"{name}.corrections")):
+            rows += [row | {"of": name} for row in read(file) if row["sample"] < k]
+    frame = pandas.DataFrame(rows)
+    texts = frame.solution.fillna(frame.response)
     with Grader(os.cpu_count()) as grader:
-        for name in names:
-            k = config.answers(name)
-            answers = parts[name] = graded(grader, config.file(name), k)
-            if config.self_correct and answers.finished.any():  # both directions
-                corrections = graded(grader, config.file(f"{name}.corrections"), k)
-                first = answers[["question", "sample"]].assign(was=answers.right)
-                corrections = corrections.merge(first, on=["question", "sample"])
-                right = corrections[corrections.was]
-                parts[f"{name}: wrong put right"] = corrections[~corrections.was]
-                parts[f"{name}: right spoiled"] = right.assign(right=~right.right)
-    everything = pandas.concat(parts, names=["of"]).drop(columns=["response", "solution"])
-    everything.to_csv(folder / "graded.csv")
-    rows = {name: figures(part) for name, part in parts.items()}
-    table = pandas.DataFrame.from_dict(rows, orient="index")
-    figure = Figure()
-    style = dict(capsize=4, ylim=(0, 100), ylabel="%")
-    table["avg@k"].plot.bar(ax=figure.subplots(), yerr=table.SE, **style)
-    figure.savefig(folder / "accuracy.png", bbox_inches="tight")
-    if len(names) > 1:  # all benchmarks count the same, as in the paper
-        of = table.loc[list(names)]
-        table.loc["average", ["avg@k", "SE"]] = of["avg@k"].mean(), math.hypot(*of.SE) / len(of)
-    write(folder / "summary.json", [json.loads(table.to_json(orient="index"))])
-    text = f"```\n{table.to_string(float_format='%.1f', na_rep='')}\n```\n"
-    settings = json.loads((folder / "settings.json").read_text())
-    text += "".join(f"- {name}: {value!r}\n" for name, value in settings.items())
-    (folder / "table.md").write_text(text, encoding="utf-8")
-    print(f"{text}\nin {folder}: completions/, graded.csv, summary.json, table.md, accuracy.png")
+        frame["verdict"] = grader.verdicts(list(texts), list(frame.gold))  # Eqs. 1, 11
+    right, corrects = frame.verdict == "right", frame.solution.notna()
+    # An answer stands before its correction. Where it was right, the harm is what counts.
+    was_right = right.groupby([frame.of, frame.question, frame["sample"]]).transform("first")
+    frame["kind"] = np.where(was_right, "right spoiled", "wrong put right")
+    frame.loc[~corrects, "kind"] = "answers"
+    frame["right"] = right ^ (corrects & was_right)
+    frame.drop(columns=["response", "solution"]).to_csv(folder / "graded.csv", index=False)
+
+    frame["avg@k"] = 100 * frame.right
+    frame["cut off"] = 100 * ~frame.finished
+    frame["ungradable"] = 100 * (frame.verdict == "ungradable")
+    columns = ["avg@k", "tokens", "cut off", "ungradable"]
+    questions = frame.groupby(["of", "kind", "question"])[columns].mean()
+    # Of k drawn, Chen et al.'s unbiased estimator (2107.03374) is: any right?
+    questions.insert(1, "pass@k", 100 * (questions["avg@k"] > 0))
+    parts = questions.groupby(["of", "kind"])
+    table = parts.mean()  # each question counts the same
+    table.insert(1, "SE", parts["avg@k"].sem())  # as in `accuracy`
+    table["questions"] = parts.size()
+    table["samples"] = frame.groupby(["of", "kind"]).size()
+    table.reset_index().to_json(folder / "summary.json", orient="records")
+    print(table.to_string(float_format="%.1f"), f"{folder} has all of it", sep="\n")
 
 
-def compare(config) -> None:
+def compare(folders: list[str]) -> None:
     """Each folder beside the first, on the problems that all of them answered."""
     right = {}
-    for folder in config.compare:
-        frame = pandas.read_csv(Path(folder, "graded.csv"), keep_default_na=False)
-        frame = frame[~frame.of.str.endswith(("put right", "spoiled"))]
+    for folder in folders:
+        file = Path(folder, "graded.csv")
+        if not file.exists():
+            fail(f"--compare: there is no {file}; evaluate that model first")
+        frame = pandas.read_csv(file, keep_default_na=False).query("kind == 'answers'")
         right[folder] = 100 * frame.groupby(["of", "problem"]).right.mean()
     right = pandas.DataFrame(right).dropna()
     if right.empty:
-        raise ValueError("--compare: there is no problem that all of them answered")
-    rng, means, draws, table = np.random.default_rng(0), {}, {}, {}
+        fail("--compare: there is no problem that all of them answered")
+    rng = np.random.default_rng(0)
     for name, part in right.groupby("of"):
-        Q = len(part)
-        times = rng.multinomial(Q, np.full(Q, 1 / Q), size=10_000)  # each is drawn [draws,Q]
-        means[name], draws[name] = part.mean().values, times @ part.values / Q  # [draws,folders]
-    means["average"] = np.mean([*means.values()], axis=0)
-    draws["average"] = np.mean([*draws.values()], axis=0)
-    for name, mean in means.items():
-        low, high = np.quantile(draws[name] - draws[name][:, :1], (0.025, 0.975), axis=0)
-        table[name] = [f"{mean[m]:.1f}, {mean[m] - mean[0]:+.1f} [{low[m]:+.1f}, {high[m]:+.1f}]"
-                       for m in range(len(mean))]  # fmt: skip
-    table = pandas.DataFrame(table, index=config.compare)
-    if set(means) & set(BENCHMARKS):
-        paper = pandas.DataFrame(PAPER).T.reindex(columns=table.columns).dropna(how="all")
-        mark = ", reported by the paper, not measured here"
-        table = pandas.concat([table, paper.add_suffix(mark, axis=0)])
-    text = f"```\n{table.to_string(na_rep='')}\n```\n"
-    text += "Right (%), difference [95 % bootstrap interval over questions]\n"
-    folder = Path(config.output or "runs/eval/" + "-vs-".join(Path(f).name for f in config.compare))
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "comparison.md").write_text(text, encoding="utf-8")
-    print(text)
+        print(f"{name}: right (%), difference [95 % bootstrap interval over {len(part)} problems]")
+        for folder in folders:
+            paired = part[folder] - part[folders[0]]
+            drawn = rng.choice(paired, (10_000, len(paired))).mean(1)
+            low, high = np.quantile(drawn, (0.025, 0.975))
+            interval = f"{paired.mean():+.1f} [{low:+.1f}, {high:+.1f}]"
+            print(f"{part[folder].mean():8.1f}  {interval:22}  {folder}")
 
 
 def main(arguments=None) -> None:
@@ -343,14 +266,11 @@ def main(arguments=None) -> None:
     parser = HfArgumentParser(EvalConfig, allow_abbrev=False, description=EvalConfig.__doc__)
     parser.error = fail  # else every rank prints the usage
     try:
-        try:
-            (config,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
-            if config.compare and rank == 0:
-                compare(config)
-        except (OSError, ValueError) as error:
-            fail(error)
+        config = EvalConfig(**vars(parser.parse_args(arguments)))
         if not config.compare:
             evaluate(config, rank, device)
+        elif rank == 0:
+            compare(config.compare)
     finally:
         if dist.is_initialized():  # vLLM destroys it too
             dist.destroy_process_group()
