@@ -20,7 +20,7 @@ Left out: pass@j below k, majority votes, a model as the judge, charts.
 import hashlib
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Optional
 
@@ -29,12 +29,11 @@ import pandas
 import torch
 import torch.distributed as dist
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
-from transformers.utils.logging import disable_progress_bar
 
 from error_pool import after_thinking, correction_prompt
 from reward import Grader
 from rollout import (
-    Task, ask, claim, fail, fits, fitting, gather, load_policy, load_problems, make_engine,
+    Task, ask, claim, fail, fits, fitting, flag, gather, load_policy, load_problems, make_engine,
     render, sample_groups, solution_prompt, start_distributed,
 )  # fmt: skip
 
@@ -48,10 +47,6 @@ BENCHMARKS = {  # the paper's five: (source, k). 64: R1-Distill's protocol; 4: o
 WEIGHTS = ("*.safetensors", "*.bin", "*.json")  # what makes a checkpoint what it is
 AUTO = "bf16" if torch.cuda.is_available() else "fp32"
 PASS = 2048  # samples of a pass, at least, over all ranks [ours]: enough to keep 8 engines busy
-
-
-def flag(default, text: str):
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -233,7 +228,8 @@ def report(config, names) -> None:
     table["questions"] = parts.size()
     table["samples"] = frame.groupby(["of", "kind"]).size()
     table.reset_index().to_json(folder / "summary.json", orient="records")
-    print(table.to_string(float_format="%.1f"), f"{folder} has all of it", sep="\n")
+    settings = (folder / "settings.json").read_text()
+    print(table.to_string(float_format="%.1f"), settings, f"{folder} has all of it", sep="\n")
 
 
 def compare(folders: list[str]) -> None:
@@ -261,10 +257,9 @@ def compare(folders: list[str]) -> None:
 
 def main(arguments=None) -> None:
     """May be called any number of times in a process."""
-    disable_progress_bar()  # of Hugging Face's loading
     rank, _, device = start_distributed()
     parser = HfArgumentParser(EvalConfig, allow_abbrev=False, description=EvalConfig.__doc__)
-    parser.error = fail  # else every rank prints the usage
+    parser.error = lambda message: fail(f"{message}; see --help")  # else all ranks print the usage
     try:
         config = EvalConfig(**vars(parser.parse_args(arguments)))
         if not config.compare:

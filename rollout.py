@@ -21,7 +21,7 @@ import re
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from decimal import Decimal
 from functools import lru_cache, partial
@@ -37,6 +37,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_utils import AttentionInterface
+from transformers.utils.logging import disable_progress_bar
 
 from error_pool import after_thinking
 from reward import final_answer, find_correction
@@ -704,9 +705,14 @@ def grade_groups(grader, tokenizer, tasks, drawn, span) -> list[Group]:
     return groups
 
 
-# ---------------------------------------------------------------------------------------- processes
+# ----------------------------------------------------------------------------------------- programs
 
 STARTS = count()
+
+
+def flag(default, text: str):
+    """A field of a dataclass of settings, which is a flag of the command line."""
+    return field(default=default, metadata={"help": text})
 
 
 def claim(folder: Path, settings: dict, free=frozenset()):
@@ -739,6 +745,7 @@ def start_distributed() -> tuple[int, int, torch.device]:
     Alone, a HashStore serves: no port is opened, so any number of runs fit on a machine. Python
     objects travel over gloo, tensors on a GPU over NCCL.
     """
+    disable_progress_bar()  # of Hugging Face's loading and saving
     for stream in (sys.stdout, sys.stderr):  # a terminal that knows no Chinese shows escapes
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

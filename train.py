@@ -48,7 +48,7 @@ import warnings
 import zipfile
 from collections import Counter
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,7 +63,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import HfArgumentParser
-from transformers.utils.logging import disable_progress_bar
 
 from error_pool import ErrorPool, correction_prompt, informative, next_stage
 from evaluate import accuracy, correction_tasks, records
@@ -73,20 +72,15 @@ from loss import (
 )  # fmt: skip
 from reward import Grader
 from rollout import (
-    Group, Task, ask, claim, fail, fits, fitting, gather, load_policy, load_problems, make_engine,
-    needed_context, render, sample_groups, start_distributed, warn,
+    Group, Task, ask, claim, fail, fits, fitting, flag, gather, load_policy, load_problems,
+    make_engine, needed_context, render, sample_groups, start_distributed, warn,
 )  # fmt: skip
 
 HERE = Path(__file__).resolve().parent
-disable_progress_bar()  # of Hugging Face's loading and saving
 warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # newer torch has a successor
 
 
 # ====================================================================================== 1. settings
-
-
-def flag(default, text: str):
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -158,23 +152,18 @@ FREE = {"output_dir", "resume", "steps", "eval_every", "save_every"}
 
 def parse(arguments: list[str]) -> Config:
     """The command line, after an optional YAML file of defaults. ValueError where it is wrong."""
-
-    def refuse(message):
-        raise ValueError(f"{message}; see train.py --help")
-
     parser = HfArgumentParser(Config, allow_abbrev=False, description=Config.__doc__)
-    parser.error = refuse  # else every rank prints the usage
+    parser.error = lambda message: fail(f"{message}; see --help")  # else all ranks print the usage
     if arguments and arguments[0].endswith((".yaml", ".yml")):
         path, *arguments = arguments
         try:
             settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")).items()
         except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
-            refuse(f"{path}: cannot be read as YAML lines `name: value` ({error})")
+            fault = f"{path}: cannot be read as YAML lines `name: value` ({error})"
+            raise ValueError(fault) from None
         # As flags, not as set_defaults: so their types and choices are checked too.
         arguments = [f"--{name}={value}" for name, value in settings] + arguments
-    config, unknown = parser.parse_args_into_dataclasses(arguments, True, look_for_args_file=False)
-    if unknown:
-        refuse(f"unknown argument {unknown[0]}")
+    config = Config(**vars(parser.parse_args(arguments)))
     check(config)
     return config
 
