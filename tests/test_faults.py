@@ -1,21 +1,20 @@
 """train.py loses no work: killed, stopped, with damaged files or NaNs it goes on bit for bit, or
 says in one line why not. Bit for bit: on one machine, with one number of ranks and of threads."""
 
-import fcntl
+import gc
 import os
 import random
 import re
 import shutil
 import signal
 import time
-import weakref
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import FEW, TOY, same_weights
+from conftest import FEW, same_weights
 from torch.nn.parallel import DistributedDataParallel
 
 import train
@@ -31,25 +30,22 @@ def done(launch, ranks, tmp_path_factory):
     @cache
     def run(world, steps):
         folder = tmp_path_factory.mktemp("done") / "run"
-        if world == 1:
-            return launch(folder, *FLAGS, steps)
-        return checked(ranks(folder, *FLAGS, steps))
+        flags = (folder, *FLAGS, steps)
+        return launch(*flags) if world == 1 else checked(ranks(*flags))
 
     return run
+
+
+@pytest.fixture
+def copied(done, tmp_path):
+    """copied(world, steps) -> a copy of its folder."""
+    return lambda *which: shutil.copytree(done(*which).folder, tmp_path / "run")
 
 
 def checked(job):
     run = job.result()
     assert job.codes == [0, 0], [job.said(rank, "err") for rank in (0, 1)]
     return run
-
-
-def copied(run, to):
-    return shutil.copytree(run.folder, to)
-
-
-def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def plain(x):
@@ -79,11 +75,10 @@ def assert_same(run, undisturbed):
 # ------------------------------------------------------------------------------------- exact resume
 
 
-def test_4_and_2_steps_are_6_steps(done, launch, tmp_path):
+def test_4_and_2_steps_are_6_steps(done, copied, launch):
     """With both stages on both sides of the cut. What changes no number may differ."""
-    stages = [m["stage"] for m in done(1, 6).steps]
+    stages, folder = [m["stage"] for m in done(1, 6).steps], copied(1, 4)
     assert set(stages[:4]) == set(stages[4:]) == {1, 2}
-    folder = copied(done(1, 4), tmp_path / "run")
     for said in ("resumed after step 4, in stage", "resumed after step 6"):  # finished is finished
         run = launch(folder, *FLAGS, 6, "--resume", "--save_every", 3, "--eval_every", 5)
         assert said in run.out and not run.errors
@@ -104,42 +99,39 @@ def test_n_and_n_steps_are_2n_steps(flags, launch, tmp_path):
 
 
 def test_a_run_of_others_is_not_touched(launch, tmp_path):
-    """Without --resume, with other settings, data, first prompt or ranks, or while another writes:
-    one line that names it."""
-    data = shutil.copy(FEW, tmp_path / "data.jsonl")
-    model = shutil.copytree(TOY, tmp_path / "model")
-    mine = ["--train_data", data, "--model", model]
+    """Without --resume, or with other settings, data or ranks: one line that names it."""
+    data, held_out = (shutil.copy(FEW, tmp_path / name) for name in ("train", "held_out"))
+    mine = ["--train_data", data, "--eval_data", held_out, "--eval_questions", 2]
     mine += "--algorithm grpo --schedule cosine --steps 1 --max_context 400".split()
-    assert launch(tmp_path / "run", *mine).code == 0
+    folder = tmp_path / "run"
+    assert launch(folder, *mine).code == 0
 
     def refused(said, *flags):
-        before = contents(tmp_path / "run")
-        run = launch(tmp_path / "run", *mine, *flags)
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        run = launch(folder, *mine, *flags)
         assert run.code == 2 and len(run.errors) == 1 and said in run.errors[0], run.err
-        assert contents(tmp_path / "run") == before
+        assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
     refused("holds a run; add --resume")
     for name, value in {"temperature": 0.9, "group_size": 2, "seed": 1, "steps": 2}.items():
         refused(f"begun with {name} ", "--resume", f"--{name}", value)  # steps: with a cosine
     for name, path, old, new in (
         ("problems", data, "Add 1", "Add 2"),  # behind the same path
-        ("first_prompt", model / "tokenizer_config.json", "{{ m.con", "Today: {{ m.con"),
-        ("ranks", tmp_path / "run" / "settings.json", '"ranks": 1', '"ranks": 2'),
+        ("problems", held_out, '"answer": "', '"answer": "1'),
+        ("ranks", folder / "settings.json", '"ranks": 1', '"ranks": 2'),
     ):
         text = path.read_text()
         path.write_text(text.replace(old, new))
         refused(f"begun with {name} ", "--resume")
         path.write_text(text)
-    with open(tmp_path / "run" / ".lock0") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        refused("another process is writing there", "--resume")
-    assert launch(tmp_path / "run", *mine, "--resume").code == 0
+    assert launch(folder, *mine, "--resume").code == 0
 
 
 # -------------------------------------------------------------------------------------------- kills
 
 
-def kill_at_random(kills, ranks, undisturbed, tmp_path):
+@pytest.mark.parametrize("kills", [8, pytest.param(30, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(kills, ranks, done, tmp_path):
     """Kills 2 ranks at random moments and resumes, until the run is through; then another run."""
     rng, killed, runs, moments = random.Random(kills), 0, 0, []
     while killed < kills:
@@ -163,24 +155,14 @@ def kill_at_random(kills, ranks, undisturbed, tmp_path):
                 job.kill()
             code = job.result().code
             assert code in (0, -9), job.said(0, "err")
-        assert_same(job.result(), undisturbed)
+        assert_same(job.result(), done(2, 12))
         runs += 1
-    print(f"{killed} kills in {runs} run(s); the last finished steps were {moments}")
     assert len(set(moments)) >= 4
 
 
-def test_killed_at_eight_random_moments(ranks, done, tmp_path):
-    kill_at_random(8, ranks, done(2, 12), tmp_path)
-
-
-@pytest.mark.slow
-def test_killed_at_thirty_random_moments(ranks, done, tmp_path):
-    kill_at_random(30, ranks, done(2, 12), tmp_path)
-
-
 @pytest.mark.parametrize("how,rank", [("a flipped byte", 0), ("cut", 1), ("missing", 1)])
-def test_a_damaged_shard_is_named_and_the_one_before_used(how, rank, ranks, done, tmp_path):
-    folder = copied(done(2, 4), tmp_path / "run")
+def test_a_damaged_shard_is_named_and_the_one_before_used(how, rank, ranks, done, copied):
+    folder = copied(2, 4)
     (folder / "checkpoints" / "step_000006.part").mkdir()  # as of a kill while it was written
     (folder / "checkpoints" / "step_000006.part" / "rank_1.pt").write_bytes(b"PK")
     shard = folder / "checkpoints" / "step_000004" / f"rank_{rank}.pt"
@@ -195,8 +177,8 @@ def test_a_damaged_shard_is_named_and_the_one_before_used(how, rank, ranks, done
     assert_same(run, done(2, 6))
 
 
-def test_when_all_are_damaged_the_run_starts_again(done, launch, tmp_path):
-    folder = copied(done(1, 4), tmp_path / "run")
+def test_when_all_are_damaged_the_run_starts_again(done, copied, launch):
+    folder = copied(1, 4)
     for shard in folder.glob("checkpoints/*/rank_0.pt"):
         shard.write_bytes(shard.read_bytes()[:1000])
     (folder / "final.part").mkdir()  # as of a kill at the very end
@@ -212,11 +194,9 @@ def test_when_all_are_damaged_the_run_starts_again(done, launch, tmp_path):
     (signal.SIGTERM, TransformersEngine, "generate"), (signal.SIGINT, train.MasterAdamW, "step"),
     (signal.SIGTERM, train, "save_checkpoint"),
 ])  # fmt: skip
-def test_a_signal_finishes_the_step_saves_and_leaves(
-    sent, owner, name, done, launch, tmp_path, monkeypatch
-):
-    folder = copied(done(1, 4), tmp_path / "run")
-    original, before = getattr(owner, name), [signal.getsignal(n) for n in (2, 15)]
+def test_a_signal_stops_after_the_step(sent, owner, name, done, copied, launch, monkeypatch):
+    folder, original = copied(1, 4), getattr(owner, name)
+    before = [signal.getsignal(n) for n in (2, 15)]
 
     def signalled(*arguments, **keywords):
         os.kill(os.getpid(), sent)
@@ -234,7 +214,7 @@ def test_a_signal_finishes_the_step_saves_and_leaves(
     assert_same(run, done(1, 6))
 
 
-def test_a_signal_that_reaches_one_rank_stops_both_after_the_same_step(ranks, done, tmp_path):
+def test_a_signal_that_reaches_one_rank_stops_both_after_the_same_step(ranks, done, copied):
     """Rank 1's, just when the ranks have agreed not to stop: they stop after the next step."""
     patch = """
 gather = train.gather
@@ -245,7 +225,7 @@ def signalled(items):
     return gathered
 train.gather = signalled
 """
-    run = checked(ranks(copied(done(2, 4), tmp_path / "run"), *FLAGS, 9, "--resume", patch=patch))
+    run = checked(ranks(copied(2, 4), *FLAGS, 9, "--resume", patch=patch))
     assert "stopped by a signal after step 6" in run.out
     assert_same(checked(ranks(run.folder, *FLAGS, 6, "--resume")), done(2, 6))
 
@@ -253,37 +233,32 @@ train.gather = signalled
 def test_ddp_is_gone_before_the_process_group(launch, tmp_path, monkeypatch):
     """Else its destructor ends the group, with Python's lock held, for which gloo's thread may
     wait: one of 150 runs on 2 ranks hung at its end."""
-    wrapped, left, destroy = [], [], train.dist.destroy_process_group
+    left, destroy = [], train.dist.destroy_process_group
 
-    def wrap(*arguments, **keywords):
-        made = DistributedDataParallel(*arguments, **keywords)
-        wrapped.append(weakref.ref(made))
-        return made
+    def counted():
+        left.append(sum(type(x) is DistributedDataParallel for x in gc.get_objects()))
+        destroy()
 
-    monkeypatch.setattr(train, "DistributedDataParallel", wrap)
-    monkeypatch.setattr(train.dist, "destroy_process_group",
-                        lambda: (left.append(wrapped[0]()), destroy()))  # fmt: skip
+    gc.collect()
+    monkeypatch.setattr(train.dist, "destroy_process_group", counted)
     run = launch(tmp_path / "run", *"--steps 1 --algorithm grpo".split())
-    assert run.code == 0 and left == [None]
+    assert run.code == 0 and left == [0]
 
 
 @pytest.mark.parametrize("calls,end", [({0, 1}, None), (range(99), 6), ({1, 2, 3}, 6)])
-def test_no_step_on_a_norm_that_is_not_finite(calls, end, done, launch, tmp_path, monkeypatch):
+def test_no_step_on_a_norm_that_is_not_finite(calls, end, done, copied, launch, monkeypatch):
     """The gradients of these micro-batches of steps 5, 6, ... are NaN. Three optimizer steps in a
     row end the run, wherever in a step; without the NaNs it then goes on."""
-    folder, count, loss = copied(done(1, 4), tmp_path / "run"), iter(range(99)), train.batch_loss
+    folder, count, loss = copied(1, 4), iter(range(99)), train.batch_loss
 
     def poisoned(*arguments):
         return loss(*arguments) * (float("nan") if next(count) in calls else 1)
 
     monkeypatch.setattr(train, "batch_loss", poisoned)
-    run = launch(folder, *FLAGS, 6, "--resume", "--save_every", 2 if end else 1)
-    if end is None:
+    run = launch(folder, *FLAGS, 6, "--resume")
+    if end is None:  # tests/test_scale.py sees that no weight moves
         assert run.code == 0 and [m["nonfinite_updates"] for m in run.steps[4:]] == [2, 0]
         assert run.steps[4]["grad_norm"] is run.steps[4]["loss"] is None
-        four, five = (torch.load(f"{f}/checkpoints/step_00000{n}/rank_0.pt")["optimizer"]["masters"]
-                      for f, n in ((done(1, 4).folder, 4), (folder, 5)))  # fmt: skip
-        assert same_weights(four, five)
     else:
         (line,) = run.errors
         assert run.code == 2 and f"step {end}, stage 2: three gradients in a row were not " in line

@@ -1,16 +1,16 @@
-"""The patches in forks/: each applies to this very code, is small, and does to a run what it says."""
+"""The patches in forks/: each applies to this very code, is small, and does what it says."""
 
 import json
 import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
+from functools import cache
 
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
-PATCHES = sorted((ROOT / "forks").glob("*.patch"))
+PATCHES = list((ROOT / "forks").glob("*.patch"))
 # Runs the train.py of its folder and writes down what each update was given.
 DRIVER = """
 import json, sys
@@ -34,63 +34,63 @@ FLAGS = ("--questions_per_step 8 --pool_trigger 8 --steps 6 --eval_questions 0 -
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """trained(patch or None, questions) -> (what each update was given, metrics), each run done once."""
-    done = {}
+    """trained(patch or None, questions) -> (what each update was given, metrics)."""
 
+    @cache
     def train(patch, questions):
-        if (patch, questions) not in done:
-            folder = tmp_path_factory.mktemp("fork")
-            for file in ROOT.glob("*.py"):
-                shutil.copy(file, folder)
-            shutil.copytree(ROOT / "toy", folder / "toy")
-            if patch:
-                command = ["git", "apply", ROOT / "forks" / f"{patch}.patch"]
-                subprocess.run(command, cwd=folder, check=True)
-            (folder / "driver.py").write_text(DRIVER)
-            lines = (ROOT / "toy/train.jsonl").read_text().splitlines(keepends=True)
-            (folder / "few.jsonl").write_text("".join(lines[:questions]))
-            command = [sys.executable, "driver.py", *FLAGS]
-            run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-            assert run.returncode == 0, run.stderr
-            metrics = (folder / "out/metrics.jsonl").read_text().splitlines()[1:]
-            log = json.loads((folder / "log.json").read_text())
-            done[patch, questions] = log, [json.loads(line) for line in metrics]
-        return done[patch, questions]
+        folder = tmp_path_factory.mktemp("fork")
+        for file in ROOT.glob("*.py"):
+            shutil.copy(file, folder)
+        shutil.copytree(ROOT / "toy", folder / "toy")
+        if patch:
+            command = ["git", "apply", ROOT / "forks" / f"{patch}.patch"]
+            subprocess.run(command, cwd=folder, check=True)
+        (folder / "driver.py").write_text(DRIVER)
+        lines = (ROOT / "toy/train.jsonl").read_text().splitlines(keepends=True)
+        (folder / "few.jsonl").write_text("".join(lines[:questions]))
+        command = [sys.executable, "driver.py", *FLAGS]
+        run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        metrics = (folder / "out/metrics.jsonl").read_text().splitlines()[1:]
+        return json.loads((folder / "log.json").read_text()), [json.loads(m) for m in metrics]
 
     return train
 
 
 def dr_grpo(log, metrics):
-    """Stage 1 by Dr. GRPO: its reduction, and advantages that are R minus the mean of 8; stage 2 as is."""
-    first, second = ([u for u in log if metrics[u["step"] - 1]["stage"] == stage] for stage in (1, 2))
-    eighths = all(8 * e["advantage"] % 1 == 0 for u in first for e in u["examples"])
-    return (first and second and eighths and {u["reduction"] for u in first} == {"dr_grpo"}
-            and {u["reduction"] for u in second} == {"grpo"})  # fmt: skip
+    """Stage 1 by Dr. GRPO: its reduction, and R minus the mean of 8; stage 2 as it was."""
+    stages = [metrics[u["step"] - 1]["stage"] for u in log]
+    used = {(stage, u["reduction"]) for stage, u in zip(stages, log)}
+    first = [e for stage, u in zip(stages, log) for e in u["examples"] if stage == 1]
+    eighths = all(8 * e["advantage"] % 1 == 0 for e in first)
+    return eighths and used == {(1, "dr_grpo"), (2, "grpo")}
 
 
 def joint_training(log, metrics):
-    """Answers and corrections in one update, in both of its optimizer steps; failed corrections count."""
-    corrections = [[e for e in u["examples"] if e["group"] % 2] for u in log]
-    halves = [{e["group"] < len(u["examples"]) / 16 for e in row} for u, row in zip(log, corrections)]
-    return (min(len(u["examples"]) for u in log) > 64 and all(half == {True, False} for half in halves)
-            and all(None not in (m["accuracy"], m["correction_success"]) for m in metrics)
-            and any(e["advantage"] < 0 and e["tokens"] for row in corrections for e in row))  # fmt: skip
+    """Answers and corrections in each optimizer step of one update; failed corrections count."""
+    both = all(None not in (m["accuracy"], m["correction_success"]) for m in metrics)
+    failed = False
+    for u in log:
+        corrections = [e for e in u["examples"] if e["group"] % 2]
+        halves = {e["group"] < len(u["examples"]) / 16 for e in corrections}
+        both &= len(u["examples"]) > 64 and halves == {True, False}
+        failed |= any(e["advantage"] < 0 and e["tokens"] for e in corrections)
+    return both and failed
 
 
 def reflect_retry_reward(log, metrics):
-    """Only reflections are trained on, whichever their sign; each well-formed one costs one sample more."""
-    drawn = [m["samples"] for m in metrics]
-    steps = zip([0, *drawn], drawn, metrics)
-    extra = [after - before - 64 for before, after, m in steps if m["stage"] == 2]
+    """Only reflections are trained on, of either sign; a well-formed one costs one sample more."""
+    drawn = [0, *(m["samples"] for m in metrics)]
+    extra = sum(after - before - 64 for before, after, m in zip(drawn, drawn[1:], metrics)
+                if m["stage"] == 2)  # fmt: skip
     reflections = [e for u in log for e in u["examples"]]
     return (log and all(metrics[u["step"] - 1]["stage"] == 2 for u in log)
-            and 0 < sum(extra) == sum(e["counted"] > 0 for e in reflections)
+            and 0 < extra == sum(e["counted"] > 0 for e in reflections)
             and any(e["advantage"] < 0 and e["tokens"] for e in reflections))  # fmt: skip
 
 
 def success_replay(log, metrics):
-    """With 8 questions, each is asked in every step: right responses of earlier ones, drawn with other
-    weights, come back."""
+    """Of 8 questions, all asked in every step, right responses drawn with other weights return."""
     seen, replayed = [], []
     for u in log:
         replayed += [e for e in u["examples"] if e["drawn"] in seen]
@@ -99,27 +99,27 @@ def success_replay(log, metrics):
 
 
 def refinements_in_group(log, metrics):
-    """No stage 2; samples are drawn for corrections, and some stand in the groups as right responses."""
+    """No stage 2; corrections are drawn, and some stand in the groups as right responses."""
     more = metrics[-1]["samples"] > 64 * len(metrics)
-    stages = {m["stage"] for m in metrics}
-    sizes = {len(u["examples"]) for u in log}
-    return stages == {1} and sizes == {64} and more
+    full = all(len(u["examples"]) == 64 for u in log)
+    return more and full and {m["stage"] for m in metrics} == {1}
 
 
-CLAIMS = {"dr_grpo": (dr_grpo, 400), "joint_training": (joint_training, 400),
-          "reflect_retry_reward": (reflect_retry_reward, 400), "success_replay": (success_replay, 8),
-          "refinements_in_group": (refinements_in_group, 400)}  # fmt: skip
+CLAIMS = {  # and how many questions it needs
+    "dr_grpo": (dr_grpo, 400),
+    "joint_training": (joint_training, 400),
+    "reflect_retry_reward": (reflect_retry_reward, 400),
+    "success_replay": (success_replay, 8),
+    "refinements_in_group": (refinements_in_group, 400),
+}
 
 
-def test_every_patch_has_a_claim():
-    assert [patch.stem for patch in PATCHES] == sorted(CLAIMS)
-
-
-@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.stem)
-def test_a_patch_changes_at_most_40_lines_of_at_most_two_files(patch):
-    text = patch.read_text(encoding="utf-8")
-    assert len(re.findall(r"^[+-](?![+-]{2} )", text, re.M)) <= 40
-    assert len(re.findall(r"^\+\+\+ ", text, re.M)) <= 2
+def test_every_patch_has_a_claim_and_changes_at_most_40_lines_of_two_files():
+    assert {patch.stem for patch in PATCHES} == CLAIMS.keys()
+    for patch in PATCHES:
+        text = patch.read_text(encoding="utf-8")
+        assert len(re.findall(r"^[+-](?![+-]{2} )", text, re.M)) <= 40, patch
+        assert len(re.findall(r"^\+\+\+ ", text, re.M)) <= 2, patch
 
 
 @pytest.mark.parametrize("name", CLAIMS)

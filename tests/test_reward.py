@@ -1,6 +1,6 @@
 """reward.py against a marker's verdicts, answers that hang or eat memory, and its own contract.
 
-The marker's verdicts are in reward_cases.tsv, one pair a line, each with its reason: add a line to add a case.
+The marker's verdicts are in reward_cases.tsv, each with its reason: add a line to add a case.
 """
 
 import json
@@ -15,28 +15,16 @@ import time
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 import reward
 
 ROOT = Path(__file__).parents[1]
-SHARED = Path(__file__).parents[2] / "shared"
-CASES = Path(__file__).with_name("reward_cases.tsv")
+SHARED = ROOT.parent / "shared"
 
 
 def boxed(answer):
     return f"So the answer is \\boxed{{{answer}}}."
-
-
-def cases():
-    """(kind, right, gold, response, reason) of each line of the table."""
-    kind = ""
-    for line in CASES.read_text(encoding="utf-8").splitlines():
-        if line.startswith("#"):
-            kind = line.removeprefix("# -- ")
-        else:
-            right, gold, answer, reason = line.split("\t")
-            whole = any(word in answer for word in (r"\boxed", r"\fbox", "<think>", "final answer"))
-            yield kind, right == "1", gold, answer if whole else boxed(answer), reason
 
 
 @pytest.fixture(scope="module")
@@ -46,95 +34,103 @@ def grader():
 
 
 def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and " Z " not in stat.read_text()
 
 
-def run(code, **options):
+def run(code):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"
-    return subprocess.run([sys.executable, "-"], input=code, capture_output=True, text=True, **options)
+    return subprocess.run([sys.executable, "-"], input=code, capture_output=True, text=True)
 
 
-# -- verdicts ---------------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def verdicts(grader):
-    rows = list(cases())
-    return list(zip(rows, grader.verdicts([row[3] for row in rows], [row[2] for row in rows])))
+# ----------------------------------------------------------------------------------------- verdicts
 
 
-def test_the_table_has_both_verdicts_and_a_reason_in_every_line():
-    rows = list(cases())
-    assert all(row[4] for row in rows) and len({row[2:4] for row in rows}) == len(rows)
-    assert min(sum(row[1] for row in rows), sum(not row[1] for row in rows)) > 200
-
-
-@pytest.mark.parametrize("kind", dict.fromkeys(row[0] for row in cases()))
-def test_marker(kind, verdicts):
-    missed = [f"{verdict}: {gold} | {response} ({reason})"
-              for (name, right, gold, response, reason), verdict in verdicts
-              if name == kind and (verdict == "right") != right]
-    assert not missed, "\n".join(missed)
-
-
-def test_work_may_stay_undone_where_the_gold_leaves_it_too(grader):
-    pairs = [(r"\binom{2019}{5}", r"\binom{2019}{5}\,"), ("2^{10}-1", "2^{10} - 1."), (r"n!", r"n! \,"),
-             (r"\log_2 3", r"\frac{\log 3}{\log 2}"), (r"\frac{1}{2004!}", r"\dfrac{1}{2004!}"),
-             (r"\sum_{k=1}^{n} k", r"\sum_{k=1}^{n} k \,"), (r"\cos 20^\circ", r"\cos(20^\circ)")]
-    assert grader.verdicts([boxed(answer) for _, answer in pairs], [gold for gold, _ in pairs]) == ["right"] * len(pairs)
+def test_the_marker_s_verdicts(grader):
+    rows = []
+    for line in Path(__file__).with_name("reward_cases.tsv").read_text("utf-8").splitlines():
+        if not line.startswith("#"):
+            right, gold, answer, reason = line.split("\t")
+            whole = any(word in answer for word in (r"\boxed", r"\fbox", "<think>", "final answer"))
+            rows.append((right == "1", gold, answer if whole else boxed(answer), reason))
+    right, golds, responses, reasons = zip(*rows)
+    assert all(reasons) and len(set(zip(golds, responses))) == len(rows)
+    assert 200 < sum(right) < len(rows) - 200
+    verdicts = grader.verdicts(responses, golds)
+    missed = [(verdict, *row) for verdict, row in zip(verdicts, rows)
+              if (verdict == "right") != row[0]]  # fmt: skip
+    assert not missed, "\n".join(map(str, missed))
 
 
 def test_three_verdicts():
+    golds, responses = [*"55555", r"\frac{"], [boxed("5"), boxed("x=5"), boxed("6"), "5"]
+    responses += [boxed("9^{9^{9^9}}"), boxed("7")]
     with reward.Grader(deadline=3.0) as grader:
-        responses = [boxed("5"), boxed("x=5"), boxed("6"), "5", boxed("9^{9^{9^9}}"), boxed("7")]
-        golds = ["5", "5", "5", "5", "5", r"\frac{"]
-        assert grader.verdicts(responses, golds) == ["right", "right", "wrong", "wrong", "ungradable", "ungradable"]
+        verdicts = grader.verdicts(responses, golds)
+        with pytest.raises(ValueError):
+            grader.verdicts(responses, golds[1:])
+    assert verdicts == ["right"] * 2 + ["wrong"] * 2 + ["ungradable"] * 2
     assert reward.grade(responses[:3], golds[:3], timeout=30.0) == [1.0, 1.0, 0.0]
-
-
-def test_one_response_more_than_golds_is_an_error(grader):
-    with pytest.raises(ValueError):
-        grader.verdicts([boxed("1"), boxed("2")], ["1"])
 
 
 def test_nothing_of_the_response_is_executed(grader, tmp_path):
     trap = tmp_path / "trap"
-    attacks = [f"__import__('os').system('touch {trap}')", f"\\write18{{touch {trap}}}", f"open('{trap}','w')"]
-    assert "right" not in grader.verdicts(list(map(boxed, attacks)), ["5"] * len(attacks))
-    assert not trap.exists()
+    system, write = f"__import__('os').system('touch {trap}')", f"open('{trap}','w')"
+    attacks = [boxed(attack) for attack in (system, f"\\write18{{touch {trap}}}", write)]
+    assert "right" not in grader.verdicts(attacks, ["5"] * 3) and not trap.exists()
 
 
-# -- answers that hang, crash or eat memory ---------------------------------------------------------
-HANGING = ["9^{9^{9^9}}", r"1, 9^{9^{9^9}}", r"9^{-9^{9^9}}", "1e999999999", "5^{10000000!}", r"2^{2^{2^{2^{99}}}}",
-           r"\log_2 9^{9^{9^9}}", "x = 9^{9^{9^9}} = 5"]
-ODD = [r"\sum_{k=1}^{100000000} \frac{1}{k^{k}}", r"\int_0^1 \frac{\sin(x^x)}{\ln(1+e^{x})} dx", "10000000!",
-       r"\binom{10000000}{5000000}", r"\gcd(10^{10^{10}},3)", "(" * 900 + "5" + ")" * 900, "5 " + "ab cd " * 300,
-       ",".join(map(str, range(400))), "x" * 100000, "(" * 100000, "9" * 1990, "," * 1900, "x=" * 900 + "1",
-       "5" + "a" * 1900 + "!", r"5\text{a}" * 200, r"5\text{a" * 300, "5\0", "\ud800", "\U0001f600" * 100, "5\n6",
-       '"}\n{"', "1 " * 900, "A" * 1900, "1" + "{,}000" * 300 + "x", r"\pm" * 600, r"\\pm," * 300]
+@pytest.mark.parametrize("name", ["aime24", "amc23", "math500", "olympiad", "gsm8k"])
+def test_benchmark_golds(name, grader):
+    """Each is right against itself, also when a worker must compare, and wrong against another."""
+    path = SHARED / "benchmarks" / f"{name}.jsonl"
+    if not path.exists():
+        pytest.skip(f"{path.name} is absent: benchmark golds not tested")
+    golds, rng = [json.loads(line)["answer"] for line in path.open()], random.Random(0)
+    for form in ("{}", "{}\\,"):
+        assert set(grader.verdicts([boxed(form.format(g)) for g in golds], golds)) == {"right"}
+    pairs = [(gold, rng.choice(golds)) for gold in golds]
+    pairs = [(gold, other) for gold, other in pairs  # f(x)=1 and 1
+             if other not in (gold, gold.split("=")[-1], gold.removesuffix(r"^\circ"))]  # fmt: skip
+    verdicts = grader.verdicts([boxed(other) for _, other in pairs], [gold for gold, _ in pairs])
+    assert [pair for pair, verdict in zip(pairs, verdicts) if verdict == "right"] == []
+
+
+# --------------------------------------------------------- answers that hang, crash or eat memory
+
+HANGING = [
+    "9^{9^{9^9}}", r"1, 9^{9^{9^9}}", r"9^{-9^{9^9}}", "1e999999999", "5^{10000000!}",
+    r"2^{2^{2^{2^{99}}}}", r"\log_2 9^{9^{9^9}}", "x = 9^{9^{9^9}} = 5",
+]  # fmt: skip
+ODD = [
+    r"\sum_{k=1}^{100000000} \frac{1}{k^{k}}", r"\int_0^1 \frac{\sin(x^x)}{\ln(1+e^{x})} dx",
+    "10000000!", r"\binom{10000000}{5000000}", r"\gcd(10^{10^{10}},3)", "(" * 900 + "5" + ")" * 900,
+    "5 " + "ab cd " * 300, ",".join(map(str, range(400))), "x" * 100000, "(" * 100000, "9" * 1990,
+    "," * 1900, "x=" * 900 + "1", "5" + "a" * 1900 + "!", r"5\text{a}" * 200, r"5\text{a" * 300,
+    "5\0", "\ud800", "\U0001f600" * 100, "5\n6", '"}\n{"', "1 " * 900, "A" * 1900,
+    "1" + "{,}000" * 300 + "x", r"\pm" * 600, r"\\pm," * 300,
+]  # fmt: skip
 
 
 def test_a_batch_with_hanging_answers_ends_in_time_and_nothing_else_changes():
     rng = random.Random(0)
     golds = [str(rng.randrange(1000)) for _ in range(512)]
-    responses = [boxed(gold if i % 3 else f"x={gold}" if i % 2 else f"{gold}1") for i, gold in enumerate(golds)]
+    forms = ["{}", "x={}", "{}1"]  # letter for letter; right by a worker; wrong
+    responses = [boxed(forms[i % 3].format(gold)) for i, gold in enumerate(golds)]
     with reward.Grader(workers=2, deadline=2.0) as grader:
         start = time.monotonic()
         grader.verdicts([boxed("2"), boxed("4")], ["1", "3"])
-        slow = time.monotonic() - start - 1.0  # a worker starts in a second, unless the machine is busy
+        slow = time.monotonic() - start - 1.0  # a worker starts in a second, or the machine is busy
         expected = grader.verdicts(responses, golds)
         assert set(expected) == {"right", "wrong"}
-        hanging = rng.sample(range(512), 8)
-        for i, answer in zip(hanging, HANGING):
+        hanging = dict(zip(rng.sample(range(512), 8), HANGING))
+        for i, answer in hanging.items():
             responses[i] = boxed(answer)
         before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
         verdicts = grader.verdicts(responses, golds)
-        seconds = time.monotonic() - start
-    print(f"\n512 responses, 8 of them hanging: {seconds:.1f} s")
-    assert seconds < 26.0 + 4 * max(0.0, slow)
+    assert time.monotonic() - start < 26.0 + 4 * max(0.0, slow)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 * 1024
-    assert {i for i in range(512) if verdicts[i] != expected[i]} <= set(hanging)
+    assert {i for i in range(512) if verdicts[i] != expected[i]} <= hanging.keys()
     assert all(verdicts[i] != "right" for i in hanging)
 
 
@@ -146,59 +142,57 @@ def test_odd_answers_end_in_time_and_are_never_right():
         assert "right" not in verdicts and time.monotonic() - start < len(ODD) * 3.0
 
 
-def test_a_worker_lives_under_a_memory_limit():
-    with reward.Grader(workers=1, deadline=30.0) as grader:
-        grader.verdicts([boxed("2.0")], ["1"])
-        limits = Path(f"/proc/{grader.idle[0].pid}/limits").read_text()
-    assert f"Max address space         {reward.MEMORY} " in limits
+def test_workers_have_a_memory_limit_are_replaced_when_killed_and_end_with_the_grader():
+    def pids():
+        return {worker.pid for worker in grader.idle if worker}
 
-
-def test_a_worker_that_is_killed_is_replaced():
-    with reward.Grader(deadline=30.0) as grader:
-        grader.verdicts([boxed("2")] * 2, ["1", "3"])
-        for worker in filter(None, grader.idle):
-            os.kill(worker.pid, signal.SIGKILL)
-        verdicts = [grader.verdicts([boxed("2.0")], ["2"])[0] for _ in range(4)]
-    assert verdicts[-1] == "right" and verdicts.count("ungradable") <= 2
-
-
-def test_closing_leaves_no_process_behind():
     with reward.Grader(deadline=30.0) as grader:
         grader.verdicts([boxed("2.0")] * 4, ["2", "3", "4", "5"])
-        pids = [worker.pid for worker in grader.idle if worker]
-        assert pids and all(map(alive, pids))
-    assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+        workers = pids()
+        assert workers and all(map(alive, workers))
+        for pid in workers:
+            limits = Path(f"/proc/{pid}/limits").read_text()
+            assert f"Max address space         {reward.MEMORY} " in limits
+            os.kill(pid, signal.SIGKILL)
+        verdicts = [grader.verdicts([boxed("2.0")], ["2"])[0] for _ in range(4)]
+        assert verdicts[-1] == "right" and verdicts.count("ungradable") <= 2
+        workers |= pids()
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in workers)
 
 
 def test_workers_die_with_a_trainer_that_is_killed():
-    """An idle one by the end of its stdin, a busy one by its own alarm, a second after its deadline."""
-    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import reward\n"
-            "g = reward.Grader(workers=2, deadline=3.0); g.verdicts([r'\\boxed{1.0}', r'\\boxed{2.0}'], ['1', '2'])\n"
-            "print(*[w.pid for w in g.idle if w], flush=True)\n"
-            "g.verdicts([r'\\boxed{9^{9^{9^9}}}'], ['1'])")
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as trainer:
-        pids = [int(pid) for pid in trainer.stdout.readline().split()]
+    """An idle one by the end of its stdin, a busy one by its own alarm, after its deadline."""
+    code = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r}); import reward
+grader = reward.Grader(workers=2, deadline=3.0)
+grader.verdicts([r'\\boxed{{1.0}}', r'\\boxed{{2.0}}'], ['1', '2'])
+print(*[worker.pid for worker in grader.idle if worker], flush=True)
+grader.verdicts([r'\\boxed{{9^{{9^{{9^9}}}}}}'], ['1'])
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as job:
+        pids = [int(pid) for pid in job.stdout.readline().split()]
         time.sleep(0.5)
         assert pids and all(map(alive, pids))
-        trainer.kill()
+        job.kill()
     limit = time.monotonic() + 10.0
     while any(map(alive, pids)) and time.monotonic() < limit:
         time.sleep(0.1)
     assert not any(map(alive, pids))
 
 
-# -- where it runs ----------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------ where it runs
+
+
 def test_in_a_thread_and_with_the_callers_signals_untouched():
     def handler(*_):
         raise AssertionError("the caller's alarm went off early")
 
-    old = signal.signal(signal.SIGALRM, handler)
+    rewards, old = [], signal.signal(signal.SIGALRM, handler)
     signal.setitimer(signal.ITIMER_REAL, 300.0)
-    rewards = []
+    pair = [boxed("0.5")], [r"\frac12"], 30.0
     try:
-        thread = threading.Thread(target=lambda: rewards.extend(reward.grade([boxed("0.5")], [r"\frac12"], 30.0)))
-        thread.start()
-        thread.join()
+        thread = threading.Thread(target=lambda: rewards.extend(reward.grade(*pair)))
+        thread.start(), thread.join()
         assert rewards == [1.0] and signal.getsignal(signal.SIGALRM) is handler
         assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 300
     finally:
@@ -207,21 +201,22 @@ def test_in_a_thread_and_with_the_callers_signals_untouched():
 
 
 def test_in_a_script_from_standard_input_and_in_a_process_that_it_spawns():
-    code = ("import reward, multiprocessing\n"
-            "task = [r'\\boxed{0.5}'], [r'\\frac12'], 30.0\n"
-            "print(reward.grade(*task))\n"
-            "with multiprocessing.get_context('fork').Pool(1) as pool: print(pool.apply(reward.grade, task))")
-    done = run(code)
-    assert done.stdout.split() == ["[1.0]", "[1.0]"], done.stderr
-
-
-def test_importing_it_imports_neither_torch_nor_sympy():
-    assert run("import reward; print({'torch', 'sympy'} & set(sys.modules))").stdout == "set()\n"
+    """Importing it imports neither torch nor SymPy."""
+    done = run("""
+import reward, multiprocessing
+print({"torch", "sympy"} & set(sys.modules))
+task = [r"\\boxed{0.5}"], [r"\\frac12"], 30.0
+print(reward.grade(*task))
+with multiprocessing.get_context("fork").Pool(1) as pool:
+    print(pool.apply(reward.grade, task))
+""")
+    assert done.stdout.split() == ["set()", "[1.0]", "[1.0]"], done.stderr
 
 
 def test_what_a_library_prints_is_no_reply(tmp_path, monkeypatch):
-    (tmp_path / "sitecustomize.py").write_text("import json\nloads = json.loads\n"
-                                               "json.loads = lambda text: print('right') or loads(text)")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import json\nloads = json.loads\njson.loads = lambda text: print('right') or loads(text)"
+    )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert reward.grade([boxed("6.0")], ["5"], 30.0) == [0.0]
 
@@ -233,24 +228,9 @@ def test_a_worker_that_cannot_start_is_an_error(tmp_path, monkeypatch):
         reward.grade([boxed("0.5")], ["1"])
 
 
-# -- the benchmarks ---------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["aime24", "amc23", "math500", "olympiad", "gsm8k"])
-def test_benchmark_golds(name, grader):
-    """Each gold is right against itself, also when a worker must compare, and wrong against another."""
-    path = SHARED / "benchmarks" / f"{name}.jsonl"
-    if not path.exists():
-        pytest.skip(f"{path.name} is absent: benchmark golds not tested")
-    golds = [json.loads(line)["answer"] for line in path.open()]
-    assert set(grader.verdicts(list(map(boxed, golds)), golds)) == {"right"}
-    assert set(grader.verdicts([boxed(f"{gold}\\,") for gold in golds], golds)) == {"right"}
-    rng = random.Random(0)
-    pairs = [(gold, other) for gold in golds for other in rng.sample(golds, 1)
-             if other not in (gold, gold.split("=")[-1], gold.removesuffix(r"^\circ"))]  # f(x)=1 and 1
-    verdicts = grader.verdicts([boxed(other) for _, other in pairs], [gold for gold, _ in pairs])
-    assert [pair for pair, verdict in zip(pairs, verdicts) if verdict == "right"] == []
+# -------------------------------------------------------------------------------------- corrections
 
 
-# -- corrections ------------------------------------------------------------------------------------
 class Bytes:
     """A byte-level tokenizer whose tokens, of one to three bytes, split characters."""
 
@@ -271,45 +251,48 @@ class Bytes:
 def test_the_span_is_that_of_equation_12_token_by_token(seed):
     rng = random.Random(seed)
     head = rng.choice(["", "<think>Hm: 9é\nAnalysis: no</think>\n", "Préface 🙂\n"])
-    first = rng.choice(["Analysis:", "## **Analysis:**", "analysis :", "1. **Analysis**:", "- __Analysis:__"])
+    names = ["Analysis:", "## **Analysis:**", "analysis :", "1. **Analysis**:", "- __Analysis:__"]
+    begun = head + rng.choice(names)
     body = rng.choice([" é 2+2 ≠ 5 🙂", "\nStep 1: ü\nAnalysis shows that", " x"])
-    second = rng.choice(["Corrected Solution:", "### corrected   solution:", "2) **Corrected Solution:**"])
-    text = f"{head}{first}{body}\n{second}\n\\boxed{{4}}"
-    begin = len(f"{head}{first}")
-    stop = text.index(second, begin)
+    names = ["Corrected Solution:", "### corrected   solution:", "2) **Corrected Solution:**"]
+    text = f"{begun}{body}\n{rng.choice(names)}\n\\boxed{{4}}"
     tokens = [*Bytes().encode(text, rng), b"<eos>"]
-    owners = [i for i, character in enumerate(text) for _ in character.encode()]
-    ends = [sum(map(len, tokens[: k + 1])) for k in range(len(tokens) - 1)]
-    spans = [(owners[end - len(token)], owners[end - 1] + 1) for token, end in zip(tokens, ends)]
-    inside = [i for i, (low, high) in enumerate(spans) if begin <= low and high <= stop]
+    inside, at = [], 0  # a token belongs to the analysis if all of its bytes do
+    for i, token in enumerate(tokens):
+        whole = len(begun.encode()) <= at and at + len(token) <= len(f"{begun}{body}\n".encode())
+        inside += [i] if whole else []
+        at += len(token)
     start, end, solution = reward.find_correction(tokens, Bytes())
     assert list(range(start, end)) == inside and solution == "\n\\boxed{4}"
     assert reward.find_correction(tokens, Bytes(), span="prefix")[:2] == (0, end)
 
 
-@pytest.mark.parametrize("text, found", [
-    ("Analysis: a\nCorrected Solution: b", True),
-    ("ANALYSIS\na\nCORRECTED SOLUTION\nb", True),
-    ("# Analysis #\na\n__Corrected_Solution__:\nb", True),
-    ("1. **Analysis:**\na\n2. **Corrected Solution:**\nb", True),
-    ("- **Analysis**\na\n* **Corrected Solution**: b", True),
-    ("Analysis: a\nAnalysis shows that\nCorrected Solution: b", True),            # no header: it goes on
-    ("<think>Analysis: 1\nCorrected Solution: 2</think>Analysis: a\nCorrected Solution: b", True),
-    ("<think>Analysis: a\nCorrected Solution: b", False),                        # thinking that never ends
-    ("Analysis: a", False),
-    ("Corrected Solution: b\nAnalysis: a", False),                               # the wrong way round
-    ("Analysis: a\nAnalysis: a\nCorrected Solution: b", False),                  # twice
-    ("Analysis: a\nCorrected Solution: b\nCorrected Solution: b", False),
-    ("Analysis: ** -- \n\nCorrected Solution: b", False),                        # empty
-    ("My Analysis: a\nCorrected Solution: b", False),                            # not where a line begins
-    ("Analysis: a. Corrected Solution: b", False),
-    ("Analysisx: a\nCorrected Solution: b", False),                              # another word
-    ("Analysis: a\nCorrected\nSolution: b", False),                              # a name on two lines
-    ("Analysis a\nCorrected Solution: b", False),                                # neither colon nor end
-])
-def test_headers(text, found):
+HEADERS = {
+    "Analysis: a\nCorrected Solution: b": True,
+    "ANALYSIS\na\nCORRECTED SOLUTION\nb": True,
+    "# Analysis #\na\n__Corrected_Solution__:\nb": True,
+    "1. **Analysis:**\na\n2. **Corrected Solution:**\nb": True,
+    "- **Analysis**\na\n* **Corrected Solution**: b": True,
+    "Analysis: a\nAnalysis shows that\nCorrected Solution: b": True,  # no header: it goes on
+    "<think>Analysis: 1\nCorrected Solution: 2</think>Analysis: a\nCorrected Solution: b": True,
+    "<think>Analysis: a\nCorrected Solution: b": False,  # thinking that never ends
+    "Analysis: a": False,
+    "Corrected Solution: b\nAnalysis: a": False,  # the wrong way round
+    "Analysis: a\nAnalysis: a\nCorrected Solution: b": False,  # twice
+    "Analysis: a\nCorrected Solution: b\nCorrected Solution: b": False,
+    "Analysis: ** -- \n\nCorrected Solution: b": False,  # empty
+    "My Analysis: a\nCorrected Solution: b": False,  # not where a line begins
+    "Analysis: a. Corrected Solution: b": False,
+    "Analysisx: a\nCorrected Solution: b": False,  # another word
+    "Analysis: a\nCorrected\nSolution: b": False,  # a name on two lines
+    "Analysis a\nCorrected Solution: b": False,  # neither colon nor end
+}
+
+
+@pytest.mark.parametrize("text", HEADERS)
+def test_headers(text):
     tokens = Bytes().encode(text, random.Random(0))
-    assert (reward.find_correction(tokens, Bytes()) is not None) == found
+    assert (reward.find_correction(tokens, Bytes()) is not None) == HEADERS[text]
 
 
 @pytest.mark.parametrize("name", ["r1_distill_qwen", "smollm2_135m_instruct"])
@@ -317,20 +300,16 @@ def test_sections_on_real_tokenizers(name):
     folder = SHARED / "tokenizers" / name
     if not folder.exists():
         pytest.skip(f"{folder} is absent: sections not tested on a real tokenizer")
-    tokenizer = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(folder)
-    for first, second in [("Analysis:", "Corrected Solution:"), ("1. **Analysis:**", "2. **Corrected Solution:**"),
-                          ("- **Analysis**:", "### Corrected Solution")]:
-        text = f"<think>\nAnalysis: hm\n</think>\n{first} The step is wrong. 答\n\n{second}\n\\boxed{{4}}"
-        ids = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
-        start, end, solution = reward.find_correction(ids, tokenizer)
-        assert tokenizer.decode(ids[start:end]).startswith(" The step is wrong. 答"), first
-        assert reward.final_answer(solution) == "4" and tokenizer.eos_token not in solution
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = "<think>\nAnalysis: hm\n</think>\n- **Analysis**: No. 答\n\n### Corrected Solution\n4"
+    ids = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
+    start, end, solution = reward.find_correction(ids, tokenizer)
+    assert tokenizer.decode(ids[start:end]).startswith(" No. 答") and solution == "\n4"
 
 
 def test_a_long_correction_takes_milliseconds():
     text = "Analysis:\n" + "é word " * 4000 + "\nCorrected Solution:\n" + "word " * 4000
     tokens = Bytes().encode(text, random.Random(0))
     start = time.process_time()
-    for _ in range(10):
-        assert reward.find_correction(tokens, Bytes())
-    assert len(tokens) > 20000 and (time.process_time() - start) / 10 < 0.5
+    assert len(tokens) > 20000 and reward.find_correction(tokens, Bytes())
+    assert time.process_time() - start < 0.5

@@ -12,6 +12,7 @@ from conftest import TOY, same_weights
 from transformers import AutoModelForCausalLM
 
 import train
+from rollout import TransformersEngine
 
 
 def toy_model(dtype=torch.float32):
@@ -106,30 +107,26 @@ def test_checkpointing_without_dropout_the_rate_and_memory_in_a_run(launch, tmp_
     model = shutil.copytree(TOY, tmp_path / "model")
     config = json.loads((model / "config.json").read_text()) | {"attention_dropout": 0.5}
     (model / "config.json").write_text(json.dumps(config))
-    rates, runs, events = [], [], []
-    step, act, make_engine = train.MasterAdamW.step, train.train, train.make_engine
+    rates, events, step = [], [], train.MasterAdamW.step
 
     def watched(optimizer, rate):
         norm = step(optimizer, rate)
         rates.extend({group["lr"] for group in optimizer.adam.param_groups})
         return norm
 
-    def engine(*arguments, **options):
-        made = make_engine(*arguments, **options)
-        monkeypatch.setattr(made, "wake", lambda: events.append("awake"))
-        monkeypatch.setattr(made, "sleep", lambda: events.append("asleep"))
-        return made
+    def pushed(engine, model):
+        engine.model = model
+        events.append(model.is_gradient_checkpointing and model.training)
 
     monkeypatch.setattr(train.MasterAdamW, "step", watched)
-    monkeypatch.setattr(train, "train", lambda run: (act(run), runs.append(run)))
-    monkeypatch.setattr(train, "make_engine", engine)
+    monkeypatch.setattr(TransformersEngine, "update_weights", pushed)
+    monkeypatch.setattr(TransformersEngine, "sleep", lambda engine: events.append("asleep"))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append("emptied"))
     flags = ("--algorithm grpo --updates_per_rollout 1 --steps 3 --warmup_steps 1 --schedule "
              "cosine --learning_rate 4e-4 --gradient_checkpointing True").split()  # fmt: skip
     run = launch(tmp_path / "run", "--model", model, *flags)
     assert run.code == 0 and not run.errors and rates == pytest.approx([4e-4, 4e-4, 2e-4])
-    assert events == ["awake", "asleep", "emptied"] * 3
-    assert runs[0].model.is_gradient_checkpointing and runs[0].model.training
+    assert events == [True, "asleep", "emptied"] * 3
     assert all(m["logp_gap_max"] < 1e-4 for m in run.steps)
 
 
@@ -164,8 +161,7 @@ def test_masters_are_sharded_and_what_all_ranks_compute_with(pair, launch, tmp_p
     assert len(held[0]["masters"]) + len(held[1]["masters"]) == len(masters) == len(names)
     for rank in held:  # and no moment of another rank's
         assert len(rank["adam"]["state"]) == len(rank["masters"])
-        dtypes = {state["exp_avg"].dtype for state in rank["adam"]["state"].values()}
-        assert dtypes == {torch.float32}
+        assert {s["exp_avg"].dtype for s in rank["adam"]["state"].values()} == {torch.float32}
     load = [sum(m.numel() for m in rank["masters"].values()) for rank in held]
     assert abs(load[0] - load[1]) < 0.02 * sum(load)
     for i, name in enumerate(names):  # rank 0 computes with the masters of both, rounded

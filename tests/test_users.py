@@ -4,15 +4,12 @@ from public reports (LESSONS 23 to 32): it works, or one line at the start says 
 import io
 import json
 import os
-import re
-import subprocess
-import sys
+from contextlib import redirect_stdout
 from decimal import Decimal
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT, TOY
 from pyarrow import parquet, table
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -22,17 +19,15 @@ import rollout
 import train
 from rollout import Problem, Sample, ask, load_problems, render
 
-ROOT = Path(__file__).resolve().parents[1]
-TOY = ROOT / "toy"
 SHARED = ROOT.parent / "shared" / "tokenizers"
-FLAGS = """--questions_per_step 4 --group_size 4 --pool_trigger 4 --eval_questions 2 --steps 1
-           --schedule constant --max_new_tokens 16"""
+FLAGS = ("--questions_per_step 4 --group_size 4 --pool_trigger 4 --eval_questions 2 --steps 1 "
+         "--schedule constant --max_new_tokens 16").split()  # fmt: skip
 SIZE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, head_dim=8, max_position_embeddings=1024)  # fmt: skip
 
 
 def toy_tokenizer(template="TOY", special=(), **tokens):
-    """The toy's tokenizer with another template, further special tokens, another EOS or BOS."""
+    """The toy's with another template, further special tokens, another EOS or BOS."""
     tokenizer = AutoTokenizer.from_pretrained(TOY, **tokens)
     tokenizer.add_tokens(list(special), special_tokens=True)
     tokenizer.chat_template = template.replace("TOY", tokenizer.chat_template)
@@ -57,41 +52,28 @@ def write(path, *rows):
     return path
 
 
-class Coin:
-    """Grades without looking, so that a random model has something to learn from."""
-
-    every = 3  # one of so many is right
-    __enter__ = __exit__ = lambda self, *_: None
-
-    def verdicts(self, responses, golds):
-        return ["wrong" if i % self.every else "right" for i in range(1, len(responses) + 1)]
-
-
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """run(*flags) -> exit code, lines of error and warning, folder."""
-    problems = ({"problem": f"{i}+{i}?", "answer": str(2 * i)} for i in range(9))
-    few = write(tmp_path / "few.jsonl", *problems)
+def run(launch, tmp_path, monkeypatch):
+    """run(*flags) -> Result; a coin grades, so that a random model has something to learn from."""
+    sums = [{"problem": f"{i}+{i}?", "answer": str(2 * i)} for i in range(9)]
+    few = write(tmp_path / "few.jsonl", *sums)
     monkeypatch.setattr(train, "plot", lambda *_: None)  # a second each
 
-    def main(*flags, every=3, out="out"):
-        folder, code = tmp_path / out, 0
-        monkeypatch.setattr(train, "Grader", Coin)
-        monkeypatch.setattr(Coin, "every", every)
-        flags = ("--train_data", few, "--eval_data", few, "--output_dir", folder, *flags)
-        try:
-            train.main([*FLAGS.split(), *map(str, flags)])
-        except SystemExit as end:
-            code = end.code
-        lines = re.findall(r"(?:error|warning): [^\r\n]*", capsys.readouterr().err)
-        return SimpleNamespace(code=code, lines=lines, folder=folder)
+    def main(*flags, one_right_of=3, out="out"):
+        def coin(_, responses, golds):
+            return ["wrong" if (i + 1) % one_right_of else "right" for i in range(len(golds))]
+
+        monkeypatch.setattr(reward.Grader, "verdicts", coin)
+        data = ("--train_data", few, "--eval_data", few)
+        return launch(tmp_path / out, *data, *flags, first=FLAGS)
 
     return main
 
 
 def refused(done, *words):
-    assert done.code == 2 and len(done.lines) == 1 and not (done.folder / "metrics.jsonl").exists()
-    return done.lines[0].startswith("error: ") and all(word in done.lines[0] for word in words)
+    assert done.code == 2 and len(done.errors) == 1 and not (done.folder / "metrics.jsonl").exists()
+    return done.errors[0].startswith("error: ") and all(word in done.errors[0] for word in words)
+
 
 TRAINS = {
     "gpt2": dict(n_positions=1024),
@@ -117,24 +99,22 @@ def test_a_model_trains_on_its_own_log_probabilities(kind, run, tmp_path):
     longest = render(toy_tokenizer(), rollout.solution_prompt(rows[2]["problem"]))
     model, data = tiny(tmp_path / "m", kind, **TRAINS[kind]), write(tmp_path / "p.jsonl", *rows)
     done = run("--model", model, "--train_data", data, "--gradient_checkpointing", kind == "gpt2")
-    assert done.code == 0 and done.lines == [] and len(longest) >= 324
-    step = json.loads((done.folder / "metrics.jsonl").read_text().splitlines()[1])
-    assert step["logp_gap_max"] < 1e-3
-    before, after = (load_file(x / "model.safetensors") for x in (model, done.folder / "final"))
+    assert done.code == 0 and not done.errors and len(longest) >= 324
+    assert done.steps[0]["logp_gap_max"] < 1e-3
+    before, after = load_file(model / "model.safetensors"), done.weights
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("size, tokens", [((3, 96), 16384), ((30, 576), 2048), ((28, 3584), 512)])
-def test_micro_batches_follow_the_model_s_size(size, tokens):
-    """The toy; SmolLM2-135M, whose activations take 0.9 to 1.3 MiB a token [measured]; a 7B."""
-    config = SimpleNamespace(num_hidden_layers=size[0], hidden_size=size[1])
-    run = train.Run(0, 1, torch.device("cpu"))
-    run.config = train.Config(max_context=512)
-    run.tokenizer, run.model = toy_tokenizer(), SimpleNamespace(config=config)
-    run.problems = [Problem("1+1?", "2", "")]
-    train.settle(run, run.problems)
-    assert run.config.micro_batch_tokens == tokens
+@pytest.mark.parametrize("layers, hidden, tokens", [
+    (2, 32, 16384),  # the size of the toy
+    (30, 576, 2048),  # of SmolLM2-135M, whose activations take 0.9 to 1.3 MiB a token [measured]
+    (28, 3584, 512),  # of a 7B
+])  # fmt: skip
+def test_micro_batches_follow_the_model_s_size(layers, hidden, tokens, run, tmp_path):
+    model = tiny(tmp_path / "m", num_hidden_layers=layers, hidden_size=hidden)
+    done = run("--model", model, "--steps", 0, "--eval_questions", 0)
+    assert json.loads((done.folder / "settings.json").read_text())["micro_batch_tokens"] == tokens
 
 
 def lose_a_layer(folder):
@@ -187,7 +167,6 @@ def test_the_end_of_a_turn_need_not_be_the_eos():
     tokenizer = toy_tokenizer(eos_token="<|pad|>")
     model = AutoModelForCausalLM.from_pretrained(TOY)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    assert rollout.stop_ids(model, tokenizer) == {272, 273}
     engine = rollout.TransformersEngine(model.eval(), tokenizer, max_context=512)
     how = dict(temperature=1.0, max_new_tokens=80, seeds=[[1, 2, 3, 4]])
     (samples,) = engine.generate([render(tokenizer, "Add 123+456 digit by digit.")], 4, **how)
@@ -198,18 +177,13 @@ def test_the_end_of_a_turn_need_not_be_the_eos():
     assert rollout.stop_ids(model, tokenizer) == {273}
 
 
-RESPONSES = {
-    "<think>\nIs it \\boxed{5}?</think>\nIt is \\boxed{4}.": "wrong",
-    "<think>\nIs it \\boxed{4}?</think>\nIt is \\boxed{5}.": "right",
-    "<think>\nIt is \\boxed{5}": "wrong",
-    "It is \\boxed{5}.": "right",
-}
-ANALYSIS = "</think>\nAnalysis: It must be 5.\nCorrected Solution:\n"
-CORRECTIONS = {
-    ANALYSIS + "\\boxed{5}": "right",
-    ANALYSIS + "\\boxed{4}": "wrong",
-    ANALYSIS.removeprefix("</think>") + "\\boxed{5}": "wrong",  # it never stopped thinking
-    "</think>\nCorrected Solution:\n\\boxed{5}": "wrong",  # well-formed is what has both sections
+SECTIONS = "\nAnalysis: It must be 5.\nCorrected Solution:\n"
+THOUGHTS = {  # what follows `<think>`, and its verdicts as an answer and as a correction
+    "Is it \\boxed{5}?</think>\nIt is \\boxed{4}.": ("wrong", "wrong"),
+    "Is it \\boxed{4}?</think>\nIt is \\boxed{5}.": ("right", "wrong"),  # without sections
+    "Hm.</think>" + SECTIONS + "\\boxed{5}": ("right", "right"),
+    "Hm.</think>" + SECTIONS + "\\boxed{4}": ("wrong", "wrong"),
+    "Hm." + SECTIONS + "\\boxed{5}": ("wrong", "wrong"),  # it never stopped thinking
 }
 
 
@@ -220,28 +194,22 @@ def test_answers_and_corrections_are_graded_whatever_the_think_tags_are(special,
     template = f"TOY{{% if add_generation_prompt %}}{opening}{{% endif %}}"
     tokenizer = toy_tokenizer(template, special)
     assert (len(tokenizer("<think>").input_ids) == 1) == bool(special)
-    task = ask(tokenizer, Problem("2+3?", "5", ""), 0)
-
-    def graded(texts, span):
-        samples = []
-        for text in texts:
-            ids = tokenizer(text.removeprefix(opening)).input_ids + [tokenizer.eos_token_id]
-            text = rollout.to_text(tokenizer, task.prompt, ids)
-            samples.append(Sample(ids, [0.0] * len(ids), text, True))
-        return rollout.grade_groups(grader, tokenizer, [task], [samples], span)[0]
-
-    texts = [text for text in RESPONSES if text.startswith(opening)]
+    task, samples = ask(tokenizer, Problem("2+3?", "5", ""), 0), []
+    texts = ["<think>\n" + thought for thought in THOUGHTS]
+    for text in texts:
+        ids = tokenizer(text.removeprefix(opening)).input_ids + [tokenizer.eos_token_id]
+        said = rollout.to_text(tokenizer, task.prompt, ids)
+        samples.append(Sample(ids, [0.0] * len(ids), said, True))
     with reward.Grader() as grader:
-        answers = graded(texts, None)
-        group = graded([f"<think>\nHm.{text}" for text in CORRECTIONS], "sections")
-        prefix = graded([f"<think>\nHm.{text}" for text in CORRECTIONS], "prefix")
-    assert answers.verdicts == [RESPONSES[text] for text in texts]
-    assert [sample.text for sample in answers.samples] == texts
-    assert group.verdicts == list(CORRECTIONS.values())
-    assert [span is None for span in group.spans] == [False, False, True, True]
-    start, end = group.spans[0]
-    assert prefix.spans[0] == (0, end)
-    assert tokenizer.decode(group.samples[0].token_ids[start:end]).strip() == "It must be 5."
+        of = [rollout.grade_groups(grader, tokenizer, [task], [samples], span)[0]
+              for span in (None, "sections", "prefix")]  # fmt: skip
+    answers, corrections, prefix = of
+    assert list(zip(answers.verdicts, corrections.verdicts)) == list(THOUGHTS.values())
+    assert [sample.text for sample in samples] == texts
+    assert [bool(span) for span in corrections.spans] == [False, False, True, True, False]
+    start, end = corrections.spans[2]
+    assert tokenizer.decode(samples[2].token_ids[start:end]).strip() == "It must be 5."
+    assert prefix.spans[2] == (0, end)
 
 
 @pytest.mark.parametrize("name", ["toy", "r1_distill_qwen", "smollm2_135m_instruct"])
@@ -265,6 +233,7 @@ def test_a_problem_writes_no_control_token(name):
     tokenizer.chat_template = None
     assert written(f"1 {one} 2") == written("1  2")
     assert tokenizer.decode(render(tokenizer, "Is 1 < 2 > 0?")).endswith("Is 1 < 2 > 0?\n")
+
 
 ANSWERS = {
     "120": "120", "$2$": "2", "\\$5": "\\$5", "so\n#### 1,005": "1,005", 120: "120",
@@ -349,51 +318,37 @@ def test_other_files_get_one_line(name, tmp_path):
         load_problems(str(tmp_path / name))
 
 
-def test_a_resumed_run_has_the_same_problems_and_prompts(run, tmp_path):
-    dated, model = toy_tokenizer("{{ strftime_now('%H:%M:%S.%f') }}TOY"), tiny(tmp_path / "m")
-    rows = [{"problem": f"{i}?", "answer": "5"} for i in range(9)]
-    data, held_out = (write(tmp_path / name, *rows) for name in ("p.jsonl", "t.jsonl"))
-    flags = ("--model", model, "--train_data", data, "--eval_data", held_out)
-    assert run(*flags).code == 0 == run(*flags, "--resume", "--steps", 2).code
-    for file in (data, held_out):
-        write(file, rows[0], *rows[2:])
-        done = run(*flags, "--resume", "--steps", 3)
-        assert done.code == 2 and "with problems" in done.lines[0]
-        write(file, *rows)
-    flags = ("--model", tiny(tmp_path / "n", tokenizer=dated), "--steps", 1)
-    assert run(*flags, out="dated").code == 0
-    assert "with first_prompt" in run(*flags, "--resume", out="dated").lines[0]
+def test_a_template_that_writes_the_time_is_noticed_on_resume(run, tmp_path):
+    dated = toy_tokenizer("{{ strftime_now('%H:%M:%S.%f') }}TOY")
+    model = tiny(tmp_path / "m", tokenizer=dated)
+    assert run("--model", model).code == 0
+    assert "begun with first_prompt" in run("--model", model, "--resume").errors[0]
 
 
-def test_main_can_be_called_again_and_by_a_parent(run, tmp_path):
-    """In a notebook, after a slip too; what it leaves in the environment misleads no child."""
-    model = tiny(tmp_path / "m")
-    assert refused(run("--learning_rat", 1), "unknown argument --learning_rat")
-    assert run("--model", model).code == 0 == run("--model", model, out="again").code
-    assert not os.environ.keys() & {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"}
-    flags = ["--benchmarks", tmp_path / "few.jsonl", "--k", "1", "--max_new_tokens", "4"]
-    child = [sys.executable, "evaluate.py", "--model", model, *flags, "--output", tmp_path / "e"]
-    subprocess.run(child, cwd=ROOT, check=True)
-    assert (tmp_path / "e" / "summary.json").exists()
+def test_a_run_leaves_no_variable_behind(run):
+    """A RANK would make the next call, or a child, believe in a torchrun that is not there."""
+    before = set(os.environ)
+    assert run("--steps", 0).code == 0 and set(os.environ) == before
 
 
-def test_a_terminal_without_chinese_shows_escapes(run, tmp_path, monkeypatch):
+def test_a_terminal_without_chinese_shows_escapes(tmp_path):
     data = write(tmp_path / "p.jsonl", {"problem": "一加一?", "answer": "2"})
+    flags = ("--train_data", data, "--eval_data", data, "--output_dir", tmp_path / "out")
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
-    monkeypatch.setattr(sys, "stdout", terminal)
-    done = run("--model", tiny(tmp_path / "m"), "--train_data", data)
+    with redirect_stdout(terminal):
+        train.main([*FLAGS, *map(str, flags)])
     terminal.flush()
-    assert done.code == 0 and rb"\u4e00" in terminal.buffer.getvalue()
+    assert rb"\u4e00" in terminal.buffer.getvalue()
 
 
 def test_a_run_that_cannot_learn_says_so_once(run, monkeypatch):
     toy = ("--max_new_tokens", 60, "--eval_questions", 0, "--train_data", TOY / "test.jsonl")
-    cut = run(*toy, "--steps", 6, "--max_new_tokens", 2, out="cut", every=10**9)
-    wrong = run(*toy, "--steps", 6, out="wrong", every=10**9)
+    cut = run(*toy, "--steps", 6, "--max_new_tokens", 2, out="cut", one_right_of=10**9)
+    wrong = run(*toy, "--steps", 6, out="wrong", one_right_of=10**9)
     monkeypatch.setattr(rollout, "find_correction", lambda *_: None)
     shapeless = run(*toy, "--steps", 3, out="shapeless")
-    assert [len(done.lines) for done in (cut, wrong, shapeless)] == [1, 1, 1]
-    assert "every response was cut off: raise --max_new_tokens" in cut.lines[0]
-    assert "every response was wrong" in wrong.lines[0] and "boxed" in wrong.lines[0]
-    assert "visit 1 to stage 2 trained on nothing" in shapeless.lines[0]
-    assert "`Corrected Solution:`" in shapeless.lines[0]
+    (of_cut,), (of_wrong,), (of_shapeless,) = cut.errors, wrong.errors, shapeless.errors
+    assert "every response was cut off: raise --max_new_tokens" in of_cut
+    assert "every response was wrong" in of_wrong and "boxed" in of_wrong
+    assert "visit 1 to stage 2 trained on nothing" in of_shapeless
+    assert "`Corrected Solution:`" in of_shapeless
