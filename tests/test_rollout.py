@@ -1,11 +1,13 @@
 """rollout.py without vLLM: problems, seeds, draws, the Transformers engine, groups over ranks."""
 
+import io
 import json
 
 import pytest
 import torch
 import yaml
 from conftest import ROOT, TOY
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rollout
@@ -199,33 +201,38 @@ def test_a_stop_id_ends_a_sample_and_is_no_part_of_its_text(engine, tokenizer, p
 
 def test_no_row_is_run_for_nothing(engine, prompts, monkeypatch):
     """Each prompt goes through the model once, each sampled token too; memory bounds the rows."""
-    shapes, progress, forward = [], [], engine.forward
+    shapes, bars, forward = [], [], engine.forward
 
     def spy(x, *rest):
         shapes.append(x.shape)
         return forward(x, *rest)
 
     monkeypatch.setattr(engine, "forward", spy)
-    samples = sum(sample(engine, prompts, n=8, progress=progress.append).values(), [])
+
+    def bar(**how):
+        bars.append(tqdm(file=io.StringIO(), **how))
+        return bars[-1]
+
+    samples = sum(sample(engine, prompts, n=8, bar=bar).values(), [])
     tokens = sum(len(s.token_ids) for s in samples)
     assert sum(rows for rows, width in shapes if width > 1) == len(prompts)
     assert sum(rows for rows, width in shapes if width == 1) == tokens - len(samples)
-    assert sum(progress) == len(samples) and engine.grouped and engine.cache_tokens > 10_000
+    assert bars[0].n == bars[0].total == len(samples) and engine.grouped and engine.cache_tokens > 10_000
     shapes.clear()
     engine.cache_tokens = 20 * (len(prompts[0]) + 60) + 1
     sample(engine, [prompts[0]] * 8, n=8)
     assert max(rows for rows, _ in shapes) == 20
 
 
-def test_the_model_is_left_as_it_was(engine, prompts):
-    """Also with gradient checkpointing, which allows no cache in training mode."""
+def test_a_model_that_trains_can_be_sampled_from(engine, prompts):
+    """With gradient checkpointing too, which allows no cache in training mode."""
     whole, model = ids(sample(engine, prompts[:2])), engine.model
     model.gradient_checkpointing_enable()
     model.train()
     before = model.config._attn_implementation
     assert ids(sample(engine, prompts[:2])) == whole
     model(torch.tensor(prompts[:1])).logits.sum().backward()  # nothing is kept of inference mode
-    assert model.training and model.config._attn_implementation == before
+    assert model.config._attn_implementation == before
     assert sample(engine, []) == {}
 
 
