@@ -228,7 +228,9 @@ def train(run) -> None:
     if state.step == 0:
         log(run, {"step": 0, **evaluate_policy(run)}, [])
     bar = tqdm(total=config.steps, initial=state.step, disable=run.rank > 0, desc=config.algorithm)
-    while state.step < config.steps and not run.stop:
+    saved = state.step
+    # Stopped together: a signal may reach the ranks in different steps.
+    while state.step < config.steps and not any(gather([run.signalled])):
         step, run.seconds, started = state.step + 1, Counter(), time.perf_counter()
         switched = switch_stage(run)  # Eq. 9
         run.engine.wake()
@@ -251,10 +253,11 @@ def train(run) -> None:
         share = metrics["accuracy"] if state.stage == 1 else metrics["correction_success"]
         bar.set_postfix(stage=state.stage, right=share, pool=len(run.pool or ()))
         bar.update()
-        # Decided together: a signal may reach the ranks in different steps.
-        run.stop = any(gather([run.signalled]))
-        if run.stop or step == config.steps or step % config.save_every == 0:
+        if step % config.save_every == 0:
             save_checkpoint(run)
+            saved = step
+    if saved < state.step:
+        save_checkpoint(run)
     bar.close()
 
 
@@ -832,7 +835,7 @@ class Run:
     def __init__(self, rank: int, world: int, device: torch.device):
         self.rank, self.world, self.device = rank, world, device
         self.state, self.seconds = State(), Counter()
-        self.signalled, self.stop, self.exit_code = False, False, 0
+        self.signalled, self.exit_code = False, 0
         self.end = ExitStack()  # what is to be closed or put back when the run ends
 
     def interrupt(self, number: int, _) -> None:
@@ -961,7 +964,7 @@ def work(run: Run, arguments: list[str]) -> None:
     load_checkpoint(run)
     introduce(run)
     train(run)
-    if run.stop:
+    if run.state.step < run.config.steps:
         run.say(f"stopped by a signal after step {run.state.step}; --resume goes on from there")
     else:
         save_final(run)

@@ -215,7 +215,7 @@ def test_a_signal_stops_after_the_step(sent, owner, name, done, copied, launch, 
 
 
 def test_a_signal_that_reaches_one_rank_stops_both_after_the_same_step(ranks, done, copied):
-    """Rank 1's, just when the ranks have agreed not to stop: they stop after the next step."""
+    """Rank 1's, just when the ranks have agreed to go on: they stop after that step."""
     patch = """
 gather = train.gather
 def signalled(items):
@@ -226,7 +226,7 @@ def signalled(items):
 train.gather = signalled
 """
     run = checked(ranks(copied(2, 4), *FLAGS, 9, "--resume", patch=patch))
-    assert "stopped by a signal after step 6" in run.out
+    assert "stopped by a signal after step 5" in run.out
     assert_same(checked(ranks(run.folder, *FLAGS, 6, "--resume")), done(2, 6))
 
 

@@ -107,26 +107,26 @@ def test_checkpointing_without_dropout_the_rate_and_memory_in_a_run(launch, tmp_
     model = shutil.copytree(TOY, tmp_path / "model")
     config = json.loads((model / "config.json").read_text()) | {"attention_dropout": 0.5}
     (model / "config.json").write_text(json.dumps(config))
-    rates, events, step = [], [], train.MasterAdamW.step
+    rates, events, step, batch_loss = [], [], train.MasterAdamW.step, train.batch_loss
 
     def watched(optimizer, rate):
         norm = step(optimizer, rate)
         rates.extend({group["lr"] for group in optimizer.adam.param_groups})
         return norm
 
-    def pushed(engine, model):
-        engine.model = model
-        events.append(model.is_gradient_checkpointing and model.training)
+    def losing(policy, *rest):
+        events.append(policy.module.model.is_gradient_checkpointing and policy.training)
+        return batch_loss(policy, *rest)
 
     monkeypatch.setattr(train.MasterAdamW, "step", watched)
-    monkeypatch.setattr(TransformersEngine, "update_weights", pushed)
+    monkeypatch.setattr(train, "batch_loss", losing)
     monkeypatch.setattr(TransformersEngine, "sleep", lambda engine: events.append("asleep"))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append("emptied"))
     flags = ("--algorithm grpo --updates_per_rollout 1 --steps 3 --warmup_steps 1 --schedule "
              "cosine --learning_rate 4e-4 --gradient_checkpointing True").split()  # fmt: skip
     run = launch(tmp_path / "run", "--model", model, *flags)
     assert run.code == 0 and not run.errors and rates == pytest.approx([4e-4, 4e-4, 2e-4])
-    assert events == [True, "asleep", "emptied"] * 3
+    assert events == ["asleep", True, "emptied"] * 3
     assert all(m["logp_gap_max"] < 1e-4 for m in run.steps)
 
 

@@ -518,23 +518,6 @@ def test_the_switch_and_the_visit_that_taught_nothing(capsys):
     assert train.switch_stage(run) is False and run.state.stage == 1
 
 
-def test_warnings_about_a_run_that_cannot_learn(capsys):
-    state, optimizer = train.State(), SimpleNamespace(bf16=False, skipped_in_a_row=0)
-
-    def said(*steps, **metrics):
-        for accuracy, finished in steps:
-            samples = [SimpleNamespace(finished=False), SimpleNamespace(finished=finished)]
-            run = SimpleNamespace(state=state, optimizer=optimizer)
-            train.watch(run, {"accuracy": accuracy, **metrics}, [SimpleNamespace(samples=samples)])
-        return capsys.readouterr().err
-
-    fine, wrong, cut = (0.1, True), (0.0, True), (0.1, False)
-    assert not said(wrong, wrong, wrong, fine, wrong, wrong, wrong)
-    assert said(wrong).count("four steps in a row every response was wrong") == 1
-    assert not said(fine, cut, cut, cut)
-    assert "four steps in a row every response was cut off" in said(cut) and not said(cut)
-
-
 def test_baselines_the_reference_and_the_alarm(launch, tmp_path, monkeypatch):
     """grpo with a KL term and a temperature: what it samples with is what it trains with, until the
     engine is stale. pi_ref is loaded only where there is a KL."""
