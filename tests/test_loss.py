@@ -218,11 +218,11 @@ def batch(prompts, completions, vocab=61):
 
 
 def plain_logprobs(model, ids, attention, first, temperature):
-    """Row by row, without padding, all logits at once, plain autograd."""
+    """Row by row, without padding, all logits at once, plain autograd; of 61 ids 55 are real."""
     rows, entropies = [], []
     for row, keep, start in zip(ids, attention, first):
         row = row[: int(keep.sum())]
-        logits = model(row[None]).logits[0, start - 1 : -1]  # position p predicts token p + 1
+        logits = model(row[None]).logits[0, start - 1 : -1, :55]  # position p predicts token p + 1
         log_probs = torch.log_softmax(logits / temperature, dim=-1)
         rows.append(log_probs.gather(1, row[start:, None]).squeeze(1))
         entropies.append(-(log_probs.exp() * log_probs).sum(dim=-1))
@@ -234,10 +234,10 @@ def plain_logprobs(model, ids, attention, first, temperature):
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 2.0, 0.006])  # 0.006: exp(logit) overflows
 @pytest.mark.parametrize("chunk", [1, 3, 20, 1024])
 def test_token_logprobs_equal_plain_ones(tied, temperature, chunk, monkeypatch):
-    model, inputs, rows = tiny_model(tied), batch([3, 1, 8, 2], [4, 9, 1, 6]), []
+    model, inputs, rows = tiny_model(tied), batch([3, 1, 8, 2], [4, 9, 1, 6], 55), []
     head = loss.scaled_logits
     monkeypatch.setattr(loss, "scaled_logits", lambda *x: rows.append(len(x[0])) or head(*x))
-    logp, entropy = loss.token_logprobs(model, *inputs, temperature, chunk)
+    logp, entropy = loss.token_logprobs(model, *inputs, temperature, chunk, vocabulary=55)
     assert sum(rows) == 20 and max(rows) <= chunk  # only what predicts the 20 wanted tokens
     expected, expected_entropy = plain_logprobs(model, *inputs, temperature)
     assert logp.shape == entropy.shape == (4, 9) and not entropy.requires_grad

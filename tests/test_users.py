@@ -83,7 +83,7 @@ TRAINS = {
     "phi": {},  # its head has a bias
     "mistral": dict(sliding_window=64),
     "phi3": dict(sliding_window=64, original_max_position_embeddings=1024),
-    "qwen2": dict(sliding_window=16, use_sliding_window=True, max_window_layers=1, vocab_size=277),
+    "qwen2": dict(sliding_window=16, use_sliding_window=True, max_window_layers=1, vocab_size=300),
     "gemma2": dict(layer_types=["full_attention"] * 2, attn_logit_softcapping=0.01, head_dim=64,
                    final_logit_softcapping=None),
     "gemma3_text": dict(sliding_window=16),
