@@ -317,7 +317,7 @@ def undone(expression, text):
             if len(total) < len(node.args):
                 kinds.add("sum")  # 964 + 494, but not 1 + \sqrt{2}
         elif isinstance(node, sympy.Mul):  # 2 \cdot 3, but not 2^6 \cdot 3^5, 6 \times 10^{-3}
-            factors = [f.doit() for f in node.args if f.is_number and f not in (1, -1) and not (
+            factors = [f.doit() for f in node.args if f.is_number and f != -1 and not (
                 f.is_Pow and f.base.doit().is_Integer and f.exp.is_Integer
                 and f.doit() not in (1, f.base))]
             product = sympy.Mul.make_args(sympy.Mul(*factors))
