@@ -384,6 +384,7 @@ def test_writes_what_it_promises(standard, launch, tmp_path):
     before, after = (standard.metrics[i]["eval_accuracy"] for i in (0, -1))
     assert re.search(rf"answered right +{before:.3f} ± [\d.]+ +{after:.3f} ± ", standard.out)
     assert "--- the first prompt\n<|user|>Add " in standard.out
+    assert standard.out.count("--- stage 2, visit ") == standard.steps[-1]["visits"] > 0
 
 
 def test_metrics_are_there_and_make_sense(standard):
