@@ -1,13 +1,12 @@
 """evaluate.py: the same samples whatever happens to a run, and figures that are what they say."""
 
-import itertools
 import json
-import os
 import re
 import shutil
 import signal
 import socket
-from pathlib import Path
+import subprocess
+import sys
 
 import numpy as np
 import pandas
@@ -15,7 +14,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import evaluate
-from conftest import TOY
+from conftest import ALONE, LIMITED, TOY
 from evaluate import read, write
 from reward import grade
 from rollout import Group, Sample
@@ -46,24 +45,40 @@ def run(capsys):
     return main
 
 
-def forked(*flags, ranks=1, before=lambda: None):
-    """Exit codes of evaluate.main in processes of its own, which is what torchrun would start."""
+# A process of its own: with passes this narrow, killed in the middle of its nth write.
+PROCESS = f"""
+import os, signal, sys, torch
+from itertools import count
+from pathlib import Path
+import evaluate
+{LIMITED}
+""" + """
+evaluate.PASS, n = int(sys.argv[1]), int(sys.argv[2])
+replace, writes = Path.replace, count(1)
+
+def killed(path, target):
+    if next(writes) == n:
+        path.write_text(path.read_text()[:-50])
+        os.kill(os.getpid(), signal.SIGKILL)
+    return replace(path, target)
+
+Path.replace = killed
+evaluate.main(sys.argv[3:])
+"""
+
+
+def processes(*flags, ranks=1, width=2048, killed_in=0):
+    """Exit codes of evaluate.main in such processes, as torchrun would start them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    pids = []
+        port = str(free.getsockname()[1])
+    started = []
     for rank in range(ranks):
-        pids.append(os.fork())
-        if pids[-1] == 0:
-            code = 1
-            try:
-                os.environ.update(rendezvous, RANK=str(rank), WORLD_SIZE=str(ranks))
-                before()
-                evaluate.main([str(flag) for flag in flags])
-                code = 0
-            finally:
-                os._exit(code)
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
+        environment = ALONE | environment | {"RANK": str(rank)}
+        command = [sys.executable, "-c", PROCESS, width, killed_in, *flags]
+        started.append(subprocess.Popen([str(part) for part in command], env=environment))
+    return [process.wait() for process in started]
 
 
 @pytest.fixture(scope="module")
@@ -80,25 +95,17 @@ def baseline(tmp_path_factory):
     return flags, folder / "one"
 
 
-def test_killed_in_two_writes_and_continued_by_two_ranks(baseline, tmp_path, monkeypatch):
+def test_killed_in_two_writes_and_continued_by_two_ranks(baseline, tmp_path):
+    """Each time in the middle of the third pass; a pass has one answer of each question, or two."""
     flags, one = baseline
-    replace, count = Path.replace, itertools.count(1)
-
-    def killed(path, target):
-        if next(count) == 4:  # settings, two passes, and in the middle of the third
-            path.write_text(path.read_text()[:-50])
-            os.kill(os.getpid(), signal.SIGKILL)
-        return replace(path, target)
-
     flags, sizes = [*flags, "--output", tmp_path], [0]
-    for width in (13, 20):  # one answer of each question a pass, or two
-        monkeypatch.setattr(evaluate, "PASS", width)
-        assert forked(*flags, before=lambda: setattr(Path, "replace", killed)) == [-signal.SIGKILL]
+    for width in (13, 20):
+        assert processes(*flags, width=width, killed_in=4) == [-signal.SIGKILL]  # 1: the settings
         there = completions(tmp_path)
         assert all(completions(one)[name].startswith(begun) for name, begun in there.items())
         sizes.append(sum(map(len, there.values())))
     assert sizes[0] < sizes[1] < sizes[2] and not (tmp_path / "summary.json").exists()
-    assert forked(*flags, ranks=2) == [0, 0]
+    assert processes(*flags, ranks=2) == [0, 0]
     assert completions(tmp_path) == completions(one)
     for name in ("graded.csv", "summary.json"):
         assert (tmp_path / name).read_bytes() == (one / name).read_bytes()
