@@ -4,57 +4,51 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from functools import cache
+from importlib.util import module_from_spec, spec_from_file_location
 
 import pytest
-from conftest import ROOT
+from conftest import PATIENCE, ROOT, TOY, Patient
 
 PATCHES = list((ROOT / "forks").glob("*.patch"))
-# Runs the train.py of its folder and writes down what each update was given.
-DRIVER = """
-import json, sys
-import train
-
-update, log = train.update, []
-
-def seen(policy, reference, optimizer, config, step, groups, examples):
-    rows = [{"group": e.group, "advantage": e.advantage, "tokens": int(e.mask.sum()),
-             "counted": e.counted, "drawn": [e.ids, e.engine_logp]} for e in examples]
-    log.append({"step": step, "reduction": config.reduction, "examples": rows})
-    return update(policy, reference, optimizer, config, step, groups, examples)
-
-train.update = seen
-train.main(sys.argv[1:])
-json.dump(log, open("log.json", "w"))
-"""
 FLAGS = ("--questions_per_step 8 --pool_trigger 8 --steps 6 --eval_questions 0 --schedule constant "
-         "--train_data few.jsonl --output_dir out").split()  # fmt: skip
+         "--train_data").split()  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """trained(patch or None, questions) -> (what each update was given, metrics)."""
+    grader = Patient(workers=1, deadline=PATIENCE)
 
     @cache
     def train(patch, questions):
         folder = tmp_path_factory.mktemp("fork")
-        for file in ROOT.glob("*.py"):
-            shutil.copy(file, folder)
-        shutil.copytree(ROOT / "toy", folder / "toy")
+        shutil.copy(ROOT / "train.py", folder)
+        (folder / "toy").symlink_to(TOY)
         if patch:
             command = ["git", "apply", ROOT / "forks" / f"{patch}.patch"]
             subprocess.run(command, cwd=folder, check=True)
-        (folder / "driver.py").write_text(DRIVER)
-        lines = (ROOT / "toy/train.jsonl").read_text().splitlines(keepends=True)
-        (folder / "few.jsonl").write_text("".join(lines[:questions]))
-        command = [sys.executable, "driver.py", *FLAGS]
-        run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
-        metrics = (folder / "out/metrics.jsonl").read_text().splitlines()[1:]
-        return json.loads((folder / "log.json").read_text()), [json.loads(m) for m in metrics]
+        spec = spec_from_file_location("fork", folder / "train.py")
+        fork = module_from_spec(spec)
+        spec.loader.exec_module(fork)
+        update, log = fork.update, []
 
-    return train
+        def seen(policy, reference, optimizer, config, step, groups, examples):
+            rows = [{"group": e.group, "advantage": e.advantage, "tokens": int(e.mask.sum()),
+                     "counted": e.counted, "drawn": (e.ids, e.engine_logp)}
+                    for e in examples]  # fmt: skip
+            log.append({"step": step, "reduction": config.reduction, "examples": rows})
+            return update(policy, reference, optimizer, config, step, groups, examples)
+
+        fork.update, fork.Grader = seen, lambda: grader
+        lines = (TOY / "train.jsonl").read_text().splitlines(keepends=True)
+        (folder / "few.jsonl").write_text("".join(lines[:questions]))
+        fork.main([*FLAGS, f"{folder}/few.jsonl", "--output_dir", f"{folder}/out"])
+        metrics = (folder / "out/metrics.jsonl").read_text().splitlines()[1:]
+        return log, [json.loads(line) for line in metrics]
+
+    yield train
+    grader.close()
 
 
 def dr_grpo(log, metrics):
