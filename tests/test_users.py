@@ -1,5 +1,5 @@
 """What users bring: models, tokenizers, templates, files, terminals. Each test is a kind of fault
-from public reports (LESSONS 23 to 32): it works, or one line at the start says what is wrong."""
+from public reports: it works, or one line at the start says what is wrong."""
 
 import io
 import json
