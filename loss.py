@@ -224,7 +224,7 @@ def scaled_logits(hidden, weight, bias, temperature: float, vocabulary=None) -> 
     logits = torch.nn.functional.linear(hidden, weight, bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logits[:, vocabulary or len(weight) :] = -1e30  # not -inf: the entropy has p log p
-    return logits if temperature == 1 else logits.div_(temperature)  # Eq. 3: at the sampling's
+    return logits if temperature == 1 else logits.div_(temperature)  # Eq. 3: that of sampling
 
 
 def token_logprobs(

@@ -464,7 +464,8 @@ def collate(examples: list[Example], device) -> SimpleNamespace:
 
 def update(policy, reference, optimizer, config: Config, step: int, groups, examples) -> dict:
     """Ascends J_1 (Eq. 6) or J_2 (Eq. 13) in `updates_per_rollout` optimizer steps."""
-    policy.train(config.gradient_checkpointing)  # only in training mode does a model recompute
+    # Only in training mode does a model recompute; the engine has left it in the other one.
+    policy.train(policy.module.model.is_gradient_checkpointing)
     updates, world, totals = config.updates_per_rollout, dist.get_world_size(), Counter()
     device, minibatches = next(policy.parameters()).device, []
     for u in range(updates):

@@ -53,7 +53,6 @@ def update() -> dict:
     model, n = random_model(), LENGTH - PROMPT
     optimizer = train.MasterAdamW(model, torch.bfloat16, weight_decay=0.0, max_norm=1.0)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()
     policy = train.Policy(model, 1.0, config.logprob_chunk)
     policy = train.DistributedDataParallel(policy, gradient_as_bucket_view=True)
     groups, examples, mask = [None] * (SEQUENCES // 8), [], torch.ones(n, dtype=torch.bool)

@@ -167,7 +167,6 @@ def on_ranks(rank, folder):
                 config, model = replace(settings(case), micro_batch_tokens=budget), tiny_model(0)
                 if budget == 900:  # recomputed activations must change nothing either
                     model.gradient_checkpointing_enable({"use_reentrant": False})
-                    config.gradient_checkpointing = True
                 policy, optimizer = train.Policy(model, 0.7, 5), PlainDescent(model)
                 reference = train.Policy(tiny_model(1), 0.7, 5) if config.beta else None
                 how = (DistributedDataParallel(policy), reference, optimizer, config, 1)
