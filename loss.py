@@ -25,8 +25,6 @@ def group_advantages(rewards: torch.Tensor, scale: str = "std") -> torch.Tensor:
     >>> group_advantages(torch.tensor([[1., 0., 0., 0.]])).round(decimals=3)
     tensor([[ 1.5000, -0.5000, -0.5000, -0.5000]])
     """
-    if rewards.shape[1] < 2:  # std would be NaN
-        raise ValueError(f"an advantage needs a group of at least 2, not of {rewards.shape[1]}")
     advantages = rewards - rewards.mean(dim=1, keepdim=True)  # Eq. 2
     if scale == "std":
         advantages = advantages / (rewards.std(dim=1, keepdim=True) + 1e-4)  # Eq. 2
@@ -46,8 +44,7 @@ def overlong_punishment(lengths: torch.Tensor, max_length: int, cache: int) -> t
 def kl_k3(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
     """D = pi_ref/pi_theta - log(pi_ref/pi_theta) - 1 >= 0 at the sampled tokens (Eq. 4; GRPO).
 
-    "k3" is Schulman's third estimator of the KL. Its value is unbiased; its gradient, which GRPO
-    follows, is not that of the KL, for which DeepSeek-V3.2 multiplies it by the ratio.
+    Schulman's estimator "k3" of the KL: unbiased, but its gradient, which GRPO follows, is not.
 
     >>> kl_k3(torch.tensor([-1.0]), torch.tensor([-1.5])).round(decimals=4)   # e^-0.5 + 0.5 - 1
     tensor([0.1065])
@@ -167,56 +164,65 @@ def policy_loss(logp, old_logp, ref_logp, advantages, mask, *, clip_low, clip_hi
 class ChunkedLogprobs(torch.autograd.Function):
     """log softmax of `scaled_logits` at the targets, from `chunk` positions' logits at a time.
 
-    One 8,192-token response at a vocabulary of 152k has 4.6 GiB of fp32 logits, and plain autograd
-    keeps more. Here forward keeps log Z, one number a position, and backward makes each chunk's
-    logits again: 4 matrix products instead of 3. What this saves stands in bench/RESULTS.md.
+    One 8,192-token response at a vocabulary of 152k has 4.6 GiB of fp32 logits. Here forward keeps
+    log Z, one number a position, and backward makes each chunk's logits again (bench/RESULTS.md).
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature, chunk, vocabulary=None):
+    def forward(ctx, hidden, weight, bias, targets, temperature, chunk, vocabulary, fuse):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        logp = hidden.new_empty(len(targets), dtype=dtype)
-        log_z, entropy = torch.empty_like(logp), torch.empty_like(logp)
+        logp, log_z, entropy = (hidden.new_empty(len(targets), dtype=dtype) for _ in range(3))
+        compute = torch.compile(chunk_logprobs) if fuse else chunk_logprobs
+        how = (weight, bias, temperature, vocabulary)
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
-            logits = scaled_logits(hidden[part], weight, bias, temperature, vocabulary)  # [chunk,V]
-            top = logits.amax(dim=1, keepdim=True)
-            probs = torch.exp(logits.sub_(top))  # in place: no third [chunk,V] exists
-            z = probs.sum(dim=1)
-            logp[part] = logits.gather(1, targets[part, None]).squeeze(1) - z.log()
-            entropy[part] = z.log() - probs.mul_(logits).sum(dim=1) / z  # -sum_v p log p
-            log_z[part] = top.squeeze(1) + z.log()
-            del logits, probs  # or they would still be there while the next chunk's are made
+            logp[part], log_z[part], entropy[part] = compute(targets[part], hidden[part], *how)
         ctx.save_for_backward(hidden, weight, bias, targets, log_z)
-        ctx.temperature, ctx.chunk, ctx.vocabulary = temperature, chunk, vocabulary
+        ctx.chunk, ctx.fuse, ctx.how = chunk, fuse, (temperature, vocabulary)
         ctx.mark_non_differentiable(entropy)
         return logp, entropy
 
     @staticmethod
     def backward(ctx, grad_logp, _):
         hidden, weight, bias, targets, log_z = ctx.saved_tensors
+        compute = torch.compile(chunk_gradient) if ctx.fuse else chunk_gradient
         grad_hidden = torch.empty_like(hidden)
         # Summed over chunks in at least fp32: in bf16 the later chunks would be rounded away.
         grad_weight = torch.zeros_like(weight, dtype=log_z.dtype)
-        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=log_z.dtype)
+        grad_bias = 0
         for start in range(0, len(targets), ctx.chunk):
             part = slice(start, start + ctx.chunk)
-            grad = grad_logp[part, None] / ctx.temperature
-            logits = scaled_logits(hidden[part], weight, bias, ctx.temperature, ctx.vocabulary)
-            probs = logits.sub_(log_z[part, None]).exp_()  # [chunk,V]
-            # g (1[v = target] - p_v) / temperature
-            grad_logits = probs.mul_(-grad).scatter_add_(1, targets[part, None], grad)
-            if bias is not None:
-                grad_bias += grad_logits.sum(dim=0)
-            grad_logits = grad_logits.to(weight.dtype)
+            of_chunk = (grad_logp[part], log_z[part], targets[part], hidden[part])
+            grad_logits, of_bias = compute(*of_chunk, weight, bias, *ctx.how)
+            grad_bias = grad_bias + of_bias
             grad_hidden[part] = grad_logits @ weight
             if weight.dtype == grad_weight.dtype:
                 grad_weight.addmm_(grad_logits.T, hidden[part])
             else:
                 grad_weight += grad_logits.T @ hidden[part]
-            del logits, probs, grad_logits
+            del grad_logits  # or it would be there while the next chunk's is made
         grad_bias = None if bias is None else grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None, None, None
+        return grad_hidden, grad_weight.to(weight.dtype), grad_bias, *[None] * 5
+
+
+def chunk_logprobs(targets, *head):
+    """log p of the targets, log Z, and the entropy of p, [chunk] each."""
+    logits = scaled_logits(*head)  # [chunk,V]
+    top = logits.amax(dim=1, keepdim=True)
+    probs = torch.exp(logits.sub_(top))  # in place: no third [chunk,V] exists
+    z = probs.sum(dim=1)
+    logp = logits.gather(1, targets[:, None]).squeeze(1) - z.log()
+    entropy = z.log() - probs.mul_(logits).sum(dim=1) / z  # -sum_v p log p
+    return logp, top.squeeze(1) + z.log(), entropy
+
+
+def chunk_gradient(grad_logp, log_z, targets, hidden, weight, bias, temperature, vocabulary):
+    """g (1[v = target] - p_v) / temperature [chunk,V], and its sum for a bias [V]."""
+    grad = grad_logp[:, None] / temperature
+    logits = scaled_logits(hidden, weight, bias, temperature, vocabulary)
+    probs = logits.sub_(log_z[:, None]).exp_()
+    grad_logits = probs.mul_(-grad).scatter_add_(1, targets[:, None], grad)
+    return grad_logits.to(weight.dtype), 0 if bias is None else grad_logits.sum(dim=0)
 
 
 def scaled_logits(hidden, weight, bias, temperature: float, vocabulary=None) -> torch.Tensor:
@@ -227,15 +233,14 @@ def scaled_logits(hidden, weight, bias, temperature: float, vocabulary=None) -> 
     return logits if temperature == 1 else logits.div_(temperature)  # Eq. 3: that of sampling
 
 
-def token_logprobs(
-    model, input_ids, attention_mask, first, temperature=1.0, chunk=1024, vocabulary=None
-):
+def token_logprobs(model, input_ids, attention_mask, first, temperature=1.0, chunk=1024,
+                   vocabulary=None, fuse=False):  # fmt: skip
     """log pi(token | what precedes it) at the sampling temperature, and the policy's entropy there.
 
     model      a Hugging Face causal language model; no autocast, which backward would not see
     input_ids  prompt + completion [S,L], padded on the *right*, where attention_mask is 0
     first      position of the first wanted token [S], at least 1; all after it are wanted
-    vocabulary ids of the tokenizer; the embedding may have more, which mean nothing and get no mass
+    vocabulary ids of the tokenizer: what more an embedding has gets no mass; fuse: compile the head
 
     Returns (logp, entropy), [S,T], at least fp32: column t of row s is token first[s] + t, 0 past
     the row's end. Only logp has a gradient. The head sees only what predicts a wanted token.
@@ -246,10 +251,9 @@ def token_logprobs(
     end = attention_mask.sum(dim=1)  # [S]
     position = torch.arange(input_ids.shape[1] - 1, device=input_ids.device)  # p predicts p + 1
     predicts = (position >= first[:, None] - 1) & (position < end[:, None] - 1)  # [S,L-1]
-    logp, entropy = ChunkedLogprobs.apply(
-        hidden[:, :-1][predicts], head.weight, head.bias, input_ids[:, 1:][predicts],
-        temperature, chunk, vocabulary,
-    )  # [M]  # fmt: skip
+    targets, how = input_ids[:, 1:][predicts], (temperature, chunk, vocabulary, fuse)
+    hidden = hidden[:, :-1][predicts]  # [M,D]
+    logp, entropy = ChunkedLogprobs.apply(hidden, head.weight, head.bias, targets, *how)  # [M]
     column = torch.arange(int((end - first).max()), device=input_ids.device)
     wanted = column < (end - first)[:, None]  # [S,T], as many True as in `predicts`, in their order
     blank = logp.new_zeros(wanted.shape)
@@ -269,8 +273,8 @@ def deal(lengths, ranks: int, budget: int) -> list[list[list[int]]]:
     """Splits sequences of these `lengths` into micro-batches: [ranks][rounds][indices].
 
     A micro-batch, padded to its longest sequence, has at most `budget` tokens, an eighth of them
-    padding [ours]; a longer sequence stands alone. Sorted by length and dealt back and forth, so
-    that ranks get about as many tokens; and all as many rounds, as DDP waits for every rank.
+    padding [ours]; a longer sequence stands alone. Sorted by length and dealt back and forth, ranks
+    get about as many tokens, and all as many rounds, as DDP waits for every rank.
 
     >>> deal([40, 5, 5, 5, 4], ranks=2, budget=20)
     [[[0], [3, 4]], [[1, 2], []]]

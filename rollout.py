@@ -380,6 +380,7 @@ class TransformersEngine:
     def update_weights(self, model) -> None:
         self.model = model
 
+    @torch.compiler.set_stance("force_eager")  # or each new width would be compiled
     @torch.no_grad()  # not inference_mode: a rotary table kept from it could not be trained with
     def generate(self, prompts, n, *, temperature, top_p=1.0, max_new_tokens, seeds, bar=tqdm):
         """n samples of each prompt, [prompts][n]; seeds[b][i] is that of sample i of prompt b.

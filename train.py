@@ -49,7 +49,7 @@ import zipfile
 from collections import Counter
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, Optional
@@ -61,8 +61,12 @@ import yaml
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import (
+    CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts,
+)  # fmt: skip
 from tqdm import tqdm
 from transformers import HfArgumentParser
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from error_pool import ErrorPool, correction_prompt, informative, next_stage
 from evaluate import accuracy, correction_tasks, records
@@ -134,6 +138,7 @@ class Config:
     micro_batch_tokens: Optional[int] = flag(None, "of a forward pass; default: by model size")
     logprob_chunk: int = flag(1024, "positions whose logits exist at the same time")
     gradient_checkpointing: bool = flag(False, "recompute activations (TRL: the same)")
+    compile: bool = flag(False, "fewer, larger GPU kernels, after two minutes (TRL: torch_compile)")
     max_context: Optional[int] = flag(None, "default: by need (TRL: vllm_max_model_length)")
     memory_share: float = flag(0.3, "for the engine (TRL: vllm_gpu_memory_utilization)")
     # What is written, and when
@@ -437,10 +442,30 @@ class Policy(torch.nn.Module):
 
     def __init__(self, model, *how):
         super().__init__()
-        self.model, self.how = model, how  # temperature, chunk, vocabulary
+        self.model, self.how = model, how  # temperature, chunk, vocabulary, fuse
 
     def forward(self, ids, attention, first):
         return token_logprobs(self.model, ids, attention, first, *self.how)
+
+
+def compile_layers(model, recompute: bool) -> None:
+    """Makes few kernels of all that stands between a layer's matrix products [ours].
+
+    With `recompute`, as gradient checkpointing, backward makes a layer's activations again, but not
+    attention's: small, and dear to compute. Not compiled, such a choice costs more than it saves.
+    """
+    kept, again = CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE
+
+    def choose(_, operation, *args, **kwargs):
+        return kept if "attention" in str(operation) else again
+
+    contexts = partial(create_selective_checkpoint_contexts, choose)
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            forward = layer.forward
+            if recompute:
+                forward = partial(checkpoint, forward, use_reentrant=False, context_fn=contexts)
+            layer.forward = torch.compile(forward, dynamic=True)
 
 
 def collate(examples: list[Example], device) -> SimpleNamespace:
@@ -871,9 +896,12 @@ def set_up(run: Run) -> None:
         max_context=config.max_context, memory_share=config.memory_share,
     )  # fmt: skip
     run.end.callback(run.engine.close)
-    if config.gradient_checkpointing:  # after the engine has looked at the model's cache
+    if config.compile:
+        compile_layers(run.model, recompute=config.gradient_checkpointing)
+    elif config.gradient_checkpointing:  # after the engine has looked at the model's cache
         run.model.gradient_checkpointing_enable({"use_reentrant": False})
-    how, run.reference = (config.temperature, config.logprob_chunk, len(run.tokenizer)), None
+    how = (config.temperature, config.logprob_chunk, len(run.tokenizer), config.compile)
+    run.reference = None
     if config.beta:  # else pi_ref is not even loaded
         reference, _ = load_policy(config.model, dtype, run.device)
         run.reference = Policy(reference.requires_grad_(False), *how)

@@ -1,9 +1,10 @@
-"""What one GPU makes of this project, in four minutes: `python bench/gpu.py` prints a JSON object.
+"""What one GPU makes of this project, in eight minutes: `python bench/gpu.py` prints a JSON object.
 
 1. The card's own bf16 rate, products of 8,192 x 8,192 matrices: the ceiling of all else.
-2. train.py's update of a random model shaped as R1-Distill-Qwen-1.5B, bf16, fp32 masters, gradient
-   checkpointing, micro-batches of 4 x 4,096 tokens, 512 of them prompt: its model FLOP/s (without
-   recomputation), and its peak memory beside bench/plan.py (without its 3 GB for CUDA and vLLM).
+2. train.py's update of a random model shaped as R1-Distill-Qwen-1.5B, bf16, fp32 masters, with
+   --compile and --gradient_checkpointing, micro-batches of 4 x 4,096 tokens, 512 of them prompt:
+   its model FLOP/s (without recomputation), their share of that rate, and its peak memory beside
+   bench/plan.py (without its 3 GB for CUDA and vLLM).
 3. The Transformers engine with the same model, 256 rows in flight.
 4. The default run of train.py, as a user starts it.
 """
@@ -29,7 +30,8 @@ SEQUENCES, LENGTH, PROMPT = 32, 4096, 512
 
 
 def seconds(action, times: int = 1) -> float:
-    """Of one call, after one that warms up."""
+    """Of one call, after two that warm up, or compile."""
+    action()
     action()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -52,8 +54,8 @@ def update() -> dict:
     train.check(config)
     model, n = random_model(), LENGTH - PROMPT
     optimizer = train.MasterAdamW(model, torch.bfloat16, weight_decay=0.0, max_norm=1.0)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = train.Policy(model, 1.0, config.logprob_chunk)
+    train.compile_layers(model, recompute=True)
+    policy = train.Policy(model, 1.0, config.logprob_chunk, None, True)
     policy = train.DistributedDataParallel(policy, gradient_as_bucket_view=True)
     groups, examples, mask = [None] * (SEQUENCES // 8), [], torch.ones(n, dtype=torch.bool)
     for i in range(SEQUENCES):
@@ -65,7 +67,8 @@ def update() -> dict:
     # responses; causal attention 6 N D a token and position, half of them before it.
     layers = plan.parameters(*plan.SHAPES[SHAPE]) - 2 * V * D
     flops = SEQUENCES * (LENGTH * (6 * layers + 6 * N * D * LENGTH) + n * 6 * V * D)
-    planned = plan.plan({"model": SHAPE, "micro_batch_tokens": 16_384, "memory_share": 0.0}, 1, 80)
+    settings = {"model": SHAPE, "micro_batch_tokens": 16_384, "memory_share": 0.0, "compile": True}
+    planned = plan.plan(settings, 1, 80)
     peak = torch.cuda.max_memory_allocated() / 1e9
     return {"update tokens/s": SEQUENCES * LENGTH / took, "update TFLOP/s": flops / took / 1e12,
             "peak GB": peak, "planned GB": planned["update"] - 3.0}  # fmt: skip
@@ -95,5 +98,6 @@ figures = {"card": torch.cuda.get_device_name(), "torch": torch.__version__}
 figures["matmul TFLOP/s"] = 2 * 8192**3 / seconds(lambda: a @ b, times=20) / 1e12
 for part in (update, engine, default_run):
     figures |= part()
+    figures["update / matmul"] = figures["update TFLOP/s"] / figures["matmul TFLOP/s"]
     torch.cuda.empty_cache()
     print(json.dumps(figures, indent=1), flush=True)

@@ -9,7 +9,8 @@ each GPU in bf16, with gradient checkpointing:
 
     weights          2 P           gradients  2 P         reference model  2 P, with beta > 0 only
     masters         16 P/W         in fp32: master 4, sum of gradients 4, Adam's moments 8
-    activations      T (2 N D + the larger of a layer made again and the last norm with the head)
+    activations      T (4 N D + the larger of a layer made again and the last norm with the head):
+                     what enters a layer, and with --compile, else 2 N D, what its attention gives
     other            3 GB          CUDA, cuBLAS and NCCL 1.5, what vLLM keeps asleep 1.5
     while sampling   vLLM's share of the card (memory_share), instead of activations and of the sum
                      of gradients; its cache is what weights and a prefill leave of the share
@@ -61,7 +62,7 @@ def plan(settings: dict, gpus: int, gpu_gb: float) -> dict[str, float]:
         "gradients": 2 * P,
         "reference": 2 * P if settings.get("beta") else 0,
         "masters": 16 * owned,
-        "activations": 2 * T * N * D + max(layer, head),
+        "activations": (4 if settings.get("compile") else 2) * T * N * D + max(layer, head),
         "other": 3e9,
         "vLLM": settings["memory_share"] * gpu_gb * 1e9,
     }

@@ -8,7 +8,7 @@ import sys
 from collections import Counter
 from copy import deepcopy
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import exp, inf
 from types import SimpleNamespace
 
@@ -287,6 +287,39 @@ def test_a_step_is_the_equations_however_it_is_split(case, split, monkeypatch):
         for name, value in metrics.items():
             close = value if value is None else pytest.approx(value, rel=1e-9, abs=1e-9)
             assert reported[name] == close, name
+
+
+def test_compiled_it_is_the_same_step(alone, monkeypatch):
+    """--compile and --gradient_checkpointing, but for the GPU's code: layers are computed again,
+    their attention is not; and what the engine runs is not compiled."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(Qwen3RMSNorm, "forward", exact_norm)
+    groups, examples, _ = scripted_step("corrections, dapo")
+    config, results = replace(settings("corrections, dapo"), micro_batch_tokens=130), []
+    for compiled in (False, True):
+        model = tiny_model(0)
+        if compiled:
+            train.compile_layers(model, recompute=True)
+        policy, optimizer = train.Policy(model, 0.7, 5, None, compiled), PlainDescent(model)
+        how = (DistributedDataParallel(policy), None, optimizer, config, 1)
+        train.update(*how, groups, examples)  # it compiles here
+        with torch.profiler.profile() as profile:
+            metrics = train.update(*how, groups, examples)
+        calls = Counter({e.key.split(": ")[0]: e.count for e in profile.key_averages()})
+        results.append((optimizer.steps, metrics, calls))
+    (plain, metrics, calls), (fused, reported, compiled_calls) = results
+    for ours, theirs in zip(fused, plain, strict=True):
+        assert all((ours[name] - theirs[name]).abs().max() < 1e-9 for name in theirs)
+    assert reported == pytest.approx(metrics)
+    assert compiled_calls["aten::mm"] > calls["aten::mm"] > 0
+    attention = "aten::_scaled_dot_product_flash_attention_for_cpu"
+    assert compiled_calls[attention] == calls[attention] > 0 == calls["Torch-Compiled Region"]
+    train.compile_layers(model := tiny_model(0), recompute=False)
+    engine = TransformersEngine(model, TOKENIZER, max_context=99)
+    with torch.profiler.profile() as profile:
+        engine.generate([[1, 2]], 1, temperature=1.0, max_new_tokens=3, seeds=[[0]])
+    assert compiled_calls["Torch-Compiled Region"] > 0
+    assert not any("Compiled" in event.key for event in profile.key_averages())
 
 
 def test_the_cases_reach_what_they_claim(split):
