@@ -33,8 +33,8 @@ from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
 from error_pool import after_thinking, correction_prompt
 from reward import Grader
 from rollout import (
-    Task, ask, claim, fail, fits, fitting, flag, gather, load_policy, load_problems, make_engine,
-    render, sample_groups, solution_prompt, start_distributed,
+    Task, ask, claim, digest, fail, fits, fitting, flag, gather, load_policy, load_problems,
+    make_engine, render, sample_groups, solution_prompt, start_distributed,
 )  # fmt: skip
 
 BENCHMARKS = {  # the paper's five: (source, k). 64: R1-Distill's protocol; 4: ours
@@ -129,8 +129,7 @@ def prepare(config):
         if name in tasks:
             raise ValueError(f"--benchmarks {source}: a second {name}; rename the file")
         problems = load_problems(BENCHMARKS.get(source, (source,))[0])
-        content = repr([(p.problem, p.answer) for p in problems]).encode()
-        settings[f"problems of {name}"] = hashlib.sha256(content).hexdigest()[:12]
+        settings[f"problems of {name}"] = digest(problems)
         asked = [ask(tokenizer, problem, q) for q, problem in enumerate(problems)]
         tasks[name] = fitting(asked, config.max_new_tokens, max_context, name)
     return tokenizer, tasks, max_context, settings

@@ -79,6 +79,12 @@ def load_problems(source: str) -> list[Problem]:
     return list(problems.values())
 
 
+def digest(problems) -> str:
+    """Of what is asked and answered: a file may change behind its path."""
+    content = repr([(p.problem, p.answer) for p in problems]).encode()
+    return hashlib.sha256(content).hexdigest()[:12]
+
+
 def read_rows(source: str):
     """The rows of a file or dataset. ValueError, one line, where it cannot be read."""
     rows = []
@@ -372,10 +378,10 @@ class TransformersEngine:
         token_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in growing)
         self.cache_tokens = int(memory_share * memory / token_bytes)
 
-    def wake(self) -> None:
-        """Nothing was put to sleep."""
+    def sleep(self) -> None:
+        """There is nothing to put to sleep, and nothing to close."""
 
-    sleep = close = wake
+    close = sleep
 
     def update_weights(self, model) -> None:
         self.model = model
@@ -523,12 +529,10 @@ class VLLMEngine:
             self.llm, self.parameters = LLM(model_path, **settings), SamplingParams
         self.asleep, self.fresh = False, True  # fresh: has the checkpoint's or the pushed weights
 
-    def wake(self) -> None:
-        """CUDA: memory for the weights comes back; `update_weights` brings what was in it."""
+    def update_weights(self, model) -> None:
+        """Pushes the trainer's weights; after a sleep, into memory that comes back for them."""
         if self.asleep:
             self.llm.wake_up(tags=["weights"])
-
-    def update_weights(self, model) -> None:
         # Not named_parameters(): it leaves out a tied lm_head, of which vLLM may hold a copy.
         weights = iter(model.state_dict().items())
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
@@ -553,7 +557,7 @@ class VLLMEngine:
         """As TransformersEngine.generate. A request for each sample, since each has its seed;
         through the prefix cache the n of a prompt share its keys and values."""
         if not self.fresh:
-            raise RuntimeError("generate() after sleep() needs wake() and update_weights() first")
+            raise RuntimeError("generate() after sleep() needs update_weights() first")
         how = dict(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens,
                    stop_token_ids=self.stop, logit_bias=self.forbidden or None,
                    logprobs=0, flat_logprobs=True, detokenize=False)  # fmt: skip

@@ -35,7 +35,6 @@ How it stays simple at any size:
 Left out on purpose: tensor parallelism, rollouts beside updates, a reward model.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -76,7 +75,7 @@ from loss import (
 )  # fmt: skip
 from reward import Grader
 from rollout import (
-    Group, Task, ask, claim, fail, fits, fitting, flag, gather, load_policy, load_problems,
+    Group, Task, ask, claim, digest, fail, fits, fitting, flag, gather, load_policy, load_problems,
     make_engine, needed_context, render, sample_groups, start_distributed, warn,
 )  # fmt: skip
 
@@ -238,7 +237,6 @@ def train(run) -> None:
     while state.step < config.steps and not any(gather([run.signalled])):
         step, run.seconds, started = state.step + 1, Counter(), time.perf_counter()
         switched = switch_stage(run)  # Eq. 9
-        run.engine.wake()
         run.engine.update_weights(run.model)
         act = trial_and_error if state.stage == 1 else self_correction
         groups, examples, metrics = act(run, step)  # Eqs. 1, 2, 7, 8 or 2, 10, 11, 12
@@ -387,7 +385,6 @@ def evaluate_policy(run) -> dict:
     config, started = run.config, time.perf_counter()
     if not run.eval_tasks:
         return {}
-    run.engine.wake()
     run.engine.update_weights(run.model)
     longest, one = config.max_new_tokens, range(1)
     how = dict(seed=config.seed, temperature=config.temperature, max_new_tokens=longest)
@@ -958,10 +955,8 @@ def claim_output(run: Run) -> None:
     begun = (run.output / "metrics.jsonl").exists() or (run.output / "checkpoints").exists()
     if begun and not config.resume:
         raise ValueError(f"--output_dir {run.output} holds a run; add --resume, or name another")
-    # By content, not by name: a file may change behind its path, a template may write today's date.
-    problems = repr([(p.problem, p.answer) for p in [*run.problems, *run.eval_tasks]]).encode()
     settings = asdict(config) | {"ranks": run.world, "first_prompt": run.first_prompt}
-    settings["problems"] = hashlib.sha256(problems).hexdigest()
+    settings["problems"] = digest([*run.problems, *run.eval_tasks])
     free = FREE - {"steps"} if config.schedule == "cosine" else FREE  # and all before it has begun
     run.end.enter_context(claim(run.output, settings, free if begun else settings.keys()))
 

@@ -239,7 +239,6 @@ def measure(run, train, fixed: Path) -> dict:
         context = run.engine.max_context
         return correction_tasks(run.tokenizer, asked, config.max_new_tokens, context)
 
-    run.engine.wake()
     run.engine.update_weights(run.model)
     if run.state.step == 0 and not fixed.exists():  # the untrained policy, so always the same
         errors = to_correct(sample(run.eval_tasks, seed=1_000_003), reward=0)

@@ -3,7 +3,6 @@
 import json
 import random
 import re
-import subprocess
 import sys
 
 import pytest
@@ -38,15 +37,14 @@ def test_problems_are_right_and_no_training_problem_is_a_test_problem(tmp_path, 
         assert final_answer(make_toy.solution_text(steps)) == p.answer == str(int(x) + int(y))
 
 
-def test_the_script_writes_these_files_and_a_seed_the_same_weights(tmp_path):
-    script = [sys.executable, TOY / "make_toy.py", "--steps", "2", "--measure", "20"]
-    weights = []
+def test_the_script_writes_these_files_and_a_seed_the_same_weights(tmp_path, monkeypatch, capsys):
     for folder, seed in (("a", "0"), ("b", "0"), ("c", "1")):
-        command = [*script, "--output", tmp_path / folder, "--seed", seed]
-        run = subprocess.run(command, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
-        assert re.search(r"^accuracy +\d\.\d{3} of 20, finished \d\.\d{3}$", run.stdout, re.M)
-        weights.append((tmp_path / folder / "model.safetensors").read_bytes())
+        flags = f"--steps 2 --measure 20 --output {tmp_path / folder} --seed {seed}"
+        monkeypatch.setattr(sys, "argv", ["make_toy.py", *flags.split()])
+        make_toy.main()
+    measured = r"^accuracy +\d\.\d{3} of 20, finished \d\.\d{3}$"
+    assert len(re.findall(measured, capsys.readouterr().out, re.M)) == 3
+    weights = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in "abc"]
     assert weights[0] == weights[1] != weights[2]
     for name in ("train.jsonl", "test.jsonl", "tokenizer.json", "config.json"):
         assert (tmp_path / "a" / name).read_text() == (TOY / name).read_text()

@@ -132,9 +132,8 @@ def test_more_ids_than_a_gpu_can_forbid_are_refused_in_one_line(fake):
 def test_on_cuda_weights_wake_before_a_push_and_the_cache_after_it(fake):
     engine, model, said = on_cuda(), mock.Mock(state_dict=dict), mock.call
     engine.sleep()
-    with pytest.raises(RuntimeError, match="needs wake"):
+    with pytest.raises(RuntimeError, match="needs update_weights"):
         engine.generate([], 1, temperature=1.0, max_new_tokens=1, seeds=[])
-    engine.wake()
     engine.update_weights(model)
     assert engine.llm.mock_calls == [
         said.sleep(level=2),
@@ -146,7 +145,7 @@ def test_on_cuda_weights_wake_before_a_push_and_the_cache_after_it(fake):
     engine.llm.reset_prefix_cache.return_value = False
     with pytest.raises(RuntimeError, match="keys and values of the old weights"):
         engine.update_weights(model)
-    with pytest.raises(RuntimeError, match="needs wake"):  # nothing is sampled with them
+    with pytest.raises(RuntimeError, match="needs update_weights"):  # nothing is sampled with them
         engine.generate([], 1, temperature=1.0, max_new_tokens=1, seeds=[])
 
 
@@ -221,7 +220,6 @@ def worker(folder: str) -> None:
         free = torch.cuda.mem_get_info()[0] if GPU else 0
         engine.sleep()
         assert not GPU or torch.cuda.mem_get_info()[0] > free, "sleep gave no memory"
-        engine.wake()
         engine.update_weights(model)
 
     compare("as loaded")
