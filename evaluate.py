@@ -33,8 +33,8 @@ from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
 from error_pool import after_thinking, correction_prompt
 from reward import Grader
 from rollout import (
-    Task, ask, claim, digest, fail, fits, fitting, flag, gather, load_policy, load_problems,
-    make_engine, render, sample_groups, solution_prompt, start_distributed,
+    Task, claim, digest, fail, fits, fitting, flag, gather, load_policy, load_problems, make_engine,
+    render, sample_groups, solution_prompt, solution_task, start_distributed,
 )  # fmt: skip
 
 BENCHMARKS = {  # the paper's five: (source, k). 64: R1-Distill's protocol; 4: ours
@@ -90,10 +90,11 @@ def evaluate(config, rank, device) -> None:
         lock = claim(Path(config.output), settings)
     except (OSError, ValueError) as error:
         fail(error)
-    how = {name: settings[name] for name in ("seed", "temperature", "top_p", "max_new_tokens")}
+    names = ("seed", "temperature", "top_p", "max_new_tokens")
+    sampling = {name: settings[name] for name in names}
     while upcoming:
         file, asked, numbers, span = upcoming
-        groups = sample_groups(engine, tokenizer, None, asked, numbers, span=span, **how)
+        groups = sample_groups(engine, tokenizer, None, asked, numbers, span=span, **sampling)
         if rank == 0:
             write(file, read(file) + records(groups, numbers))
         gather([])  # from here on every rank finds it there
@@ -130,7 +131,7 @@ def prepare(config):
             raise ValueError(f"--benchmarks {source}: a second {name}; rename the file")
         problems = load_problems(BENCHMARKS.get(source, (source,))[0])
         settings[f"problems of {name}"] = digest(problems)
-        asked = [ask(tokenizer, problem, q) for q, problem in enumerate(problems)]
+        asked = [solution_task(tokenizer, problem, q) for q, problem in enumerate(problems)]
         tasks[name] = fitting(asked, config.max_new_tokens, max_context, name)
     return tokenizer, tasks, max_context, settings
 

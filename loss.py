@@ -173,10 +173,10 @@ class ChunkedLogprobs(torch.autograd.Function):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         logp, log_z, entropy = (hidden.new_empty(len(targets), dtype=dtype) for _ in range(3))
         compute = torch.compile(chunk_logprobs) if fuse else chunk_logprobs
-        how = (weight, bias, temperature, vocabulary)
+        head = (weight, bias, temperature, vocabulary)
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
-            logp[part], log_z[part], entropy[part] = compute(targets[part], hidden[part], *how)
+            logp[part], log_z[part], entropy[part] = compute(targets[part], hidden[part], *head)
         ctx.save_for_backward(hidden, weight, bias, targets, log_z)
         ctx.chunk, ctx.fuse, ctx.how = chunk, fuse, (temperature, vocabulary)
         ctx.mark_non_differentiable(entropy)

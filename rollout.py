@@ -184,9 +184,9 @@ def control_tokens(tokenizer) -> re.Pattern:
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")
 
 
-def apply_template(tokenizer, turns: list[dict], **how) -> str:
+def apply_template(tokenizer, turns: list[dict], **options) -> str:
     try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, **how)
+        return tokenizer.apply_chat_template(turns, tokenize=False, **options)
     except Exception as error:  # a template is a program, and raises what it likes
         failed = f"the chat template of --model fails on a turn of {turns[-1]['role']}"
         raise ValueError(f"{failed}: {error}") from None
@@ -393,7 +393,7 @@ class TransformersEngine:
 
         `bar` makes the progress bar; it gets its total.
         """
-        how = dict(temperature=temperature, top_p=top_p, vocabulary=len(self.tokenizer))
+        sampling = dict(temperature=temperature, top_p=top_p, vocabulary=len(self.tokenizer))
         samples = [[Sample([], [], "", False) for _ in range(n)] for _ in prompts]
         order = sorted(range(len(prompts)), key=lambda b: -len(prompts[b]))  # so little is padded
         waiting = [(prompts[b], seeds[b][i], samples[b][i]) for b in order for i in range(n)]
@@ -403,11 +403,11 @@ class TransformersEngine:
                 width = len(waiting[0][0])
                 rows = min(self.max_rows, self.cache_tokens // (width + max_new_tokens))
                 rows = max(1, min(rows, n * (self.prefill_tokens // width)))
-                self.decode(waiting[:rows], max_new_tokens, how, progress)
+                self.decode(waiting[:rows], max_new_tokens, sampling, progress)
                 waiting = waiting[rows:]
         return samples
 
-    def decode(self, live: list, max_new_tokens: int, how: dict, progress) -> None:
+    def decode(self, live: list, max_new_tokens: int, sampling: dict, progress) -> None:
         """Fills the samples of `live`, rows of (prompt, seed, sample), a token each at a time."""
         device = self.model.device
         prompts = {id(prompt): prompt for prompt, _, _ in live}  # each goes through the model once
@@ -423,7 +423,7 @@ class TransformersEngine:
         logits, mask, length = logits[rows], mask[rows], length[rows]
         seed = torch.tensor([seed for _, seed, _ in live], device=device)
         for t in range(max_new_tokens):
-            ids, logprobs = draw(logits, uniforms(seed, t), **how)
+            ids, logprobs = draw(logits, uniforms(seed, t), **sampling)
             going = []
             for row, (token, logprob) in enumerate(zip(ids.tolist(), logprobs.tolist())):
                 prompt, _, sample = live[row]
@@ -558,11 +558,11 @@ class VLLMEngine:
         through the prefix cache the n of a prompt share its keys and values."""
         if not self.fresh:
             raise RuntimeError("generate() after sleep() needs update_weights() first")
-        how = dict(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens,
-                   stop_token_ids=self.stop, logit_bias=self.forbidden or None,
-                   logprobs=0, flat_logprobs=True, detokenize=False)  # fmt: skip
+        sampling = dict(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens,
+                        stop_token_ids=self.stop, logit_bias=self.forbidden or None,
+                        logprobs=0, flat_logprobs=True, detokenize=False)  # fmt: skip
         requests = [{"prompt_token_ids": prompt} for prompt in prompts for _ in range(n)]
-        parameters = [self.parameters(seed=seed, **how) for row in seeds for seed in row]
+        parameters = [self.parameters(seed=seed, **sampling) for row in seeds for seed in row]
         samples = []
         outputs = self.llm.generate(requests, parameters, use_tqdm=bar)
         for request, output in zip(requests, outputs, strict=True):
@@ -580,8 +580,8 @@ def load_policy(source: str, dtype, device):
         raise ValueError(f"--model {source} is an adapter: merge it into its model first")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        how = dict(dtype=dtype, output_loading_info=True)
-        model, loaded = AutoModelForCausalLM.from_pretrained(source, **how)
+        options = dict(dtype=dtype, output_loading_info=True)
+        model, loaded = AutoModelForCausalLM.from_pretrained(source, **options)
     except Exception as error:  # OSError, ValueError, SafetensorError: loaders have no common class
         raise ValueError(f"--model {source}: not a causal language model ({error})") from error
     if loaded["missing_keys"]:  # they would be random
@@ -652,7 +652,7 @@ class Group(Task):
         return [float(verdict == "right") for verdict in self.verdicts]  # Eqs. 1, 11
 
 
-def ask(tokenizer, problem: Problem, question: int) -> Task:
+def solution_task(tokenizer, problem: Problem, question: int) -> Task:
     """Stage 1's task."""
     prompt = render(tokenizer, solution_prompt(problem.problem))
     return Task(problem.problem, problem.answer, prompt, question)
@@ -681,9 +681,11 @@ def sample_groups(
     rank, world = dist.get_rank(), dist.get_world_size()
     mine = tasks[rank::world]
     seeds = [[sample_seed(seed, step, t.question, i, t.corrects) for i in samples] for t in mine]
-    how = dict(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seeds=seeds)
-    how["bar"] = partial(tqdm, unit="sample", leave=False, delay=5, disable=rank > 0)
-    drawn = engine.generate([task.prompt for task in mine], len(samples), **how)
+    bar = partial(tqdm, unit="sample", leave=False, delay=5, disable=rank > 0)
+    drawn = engine.generate(
+        [task.prompt for task in mine], len(samples), temperature=temperature, top_p=top_p,
+        max_new_tokens=max_new_tokens, seeds=seeds, bar=bar,
+    )  # fmt: skip
     parts = gather([grade_groups(grader, tokenizer, mine, drawn, span)])
     return [parts[b % world][b // world] for b in range(len(tasks))]
 

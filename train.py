@@ -75,8 +75,8 @@ from loss import (
 )  # fmt: skip
 from reward import Grader
 from rollout import (
-    Group, Task, ask, claim, digest, fail, fits, fitting, flag, gather, load_policy, load_problems,
-    make_engine, needed_context, render, sample_groups, start_distributed, warn,
+    Group, Task, claim, digest, fail, fits, fitting, flag, gather, load_policy, load_problems,
+    make_engine, needed_context, render, sample_groups, solution_task, start_distributed, warn,
 )  # fmt: skip
 
 HERE = Path(__file__).resolve().parent
@@ -227,7 +227,7 @@ class State:
 
 
 def train(run) -> None:
-    """The algorithm box of the paper. `run` holds what `set_up` built."""
+    """The algorithm box of the paper. `run` holds what `set_up` built: see `Run`."""
     config, state = run.config, run.state
     if state.step == 0:
         log(run, {"step": 0, **evaluate_policy(run)}, [])
@@ -323,7 +323,8 @@ def draw_questions(run, step: int) -> tuple[list[Group], int]:
         order = question_order(run.config.seed, len(run.problems), run.state.questions, n)
         run.state.questions += n
         # Numbered on from round to round: a second round's seeds are not the first's.
-        tasks = [ask(run.tokenizer, run.problems[q], attempt * B + b) for b, q in enumerate(order)]
+        tasks = [solution_task(run.tokenizer, run.problems[q], attempt * B + b)
+                 for b, q in enumerate(order)]  # fmt: skip
         for group in draw_samples(run, step, tasks):
             (kept if rounds == 1 or len(set(group.rewards)) > 1 else equal).append(group)
         if len(kept) == B:
@@ -387,12 +388,12 @@ def evaluate_policy(run) -> dict:
         return {}
     run.engine.update_weights(run.model)
     longest, one = config.max_new_tokens, range(1)
-    how = dict(seed=config.seed, temperature=config.temperature, max_new_tokens=longest)
+    sampling = dict(seed=config.seed, temperature=config.temperature, max_new_tokens=longest)
     by = (run.engine, run.tokenizer, run.grader)
-    answers = sample_groups(*by, run.eval_tasks, one, **how)
+    answers = sample_groups(*by, run.eval_tasks, one, **sampling)
     wrong = [group for group in answers if group.verdicts != ["right"]]
     tasks = correction_tasks(run.tokenizer, records(wrong), longest, run.engine.max_context)
-    corrections = sample_groups(*by, tasks, one, span=config.analysis_span, **how)
+    corrections = sample_groups(*by, tasks, one, span=config.analysis_span, **sampling)
     run.engine.sleep()
     run.seconds["evaluation"] = time.perf_counter() - started
     (right, right_se), (corrected, corrected_se) = accuracy(answers), accuracy(corrections)
@@ -484,28 +485,36 @@ def collate(examples: list[Example], device) -> SimpleNamespace:
     )
 
 
-def update(policy, reference, optimizer, config: Config, step: int, groups, examples) -> dict:
-    """Ascends J_1 (Eq. 6) or J_2 (Eq. 13) in `updates_per_rollout` optimizer steps."""
-    # Only in training mode does a model recompute; the engine has left it in the other one.
-    policy.train(policy.module.model.is_gradient_checkpointing)
-    updates, world, totals = config.updates_per_rollout, dist.get_world_size(), Counter()
-    device, minibatches = next(policy.parameters()).device, []
+def minibatches(config: Config, groups, examples, device) -> list[tuple]:
+    """(denominator, this rank's micro-batches) of each optimizer step; None: this rank has no more.
+
+    Cut by group before anything is skipped, so that what is skipped changes no denominator.
+    """
+    updates, ranks, cut = config.updates_per_rollout, dist.get_world_size(), []
     for u in range(updates):
-        # Cut by group before anything is skipped, so that what is skipped changes no denominator.
         part = [e for e in examples if e.group * updates // len(groups) == u]
         counted, longest = [e.counted for e in part], config.max_new_tokens
         denominator = step_denominator(counted, config.reduction, longest)  # Eqs. 6, 13
         part = [e for e in part if carries_gradient(int(e.mask.sum()), e.advantage, config.beta)]
-        mine = deal([len(e.ids) for e in part], world, config.micro_batch_tokens)[dist.get_rank()]
+        mine = deal([len(e.ids) for e in part], ranks, config.micro_batch_tokens)[dist.get_rank()]
         batches = [collate([part[i] for i in batch], device) if batch else None for batch in mine]
-        minibatches.append((denominator, batches))
+        cut.append((denominator, batches))
+    return cut
+
+
+def update(policy, reference, optimizer, config: Config, step: int, groups, examples) -> dict:
+    """Ascends J_1 (Eq. 6) or J_2 (Eq. 13) in `updates_per_rollout` optimizer steps."""
+    # Only in training mode does a model recompute; the engine has left it in the other one.
+    policy.train(policy.module.model.is_gradient_checkpointing)
+    world, totals = dist.get_world_size(), Counter()
+    cut = minibatches(config, groups, examples, next(policy.parameters()).device)
     # pi_old is the policy at the rollout. The first optimizer step has it for nothing; before the
     # later ones the weights will have moved, so they get theirs now.
     with torch.no_grad():
-        for _, batches in minibatches[1:]:
+        for _, batches in cut[1:]:
             for batch in filter(None, batches):
                 batch.old_logp, _ = policy.module(batch.ids, batch.attention, batch.first)
-    for denominator, batches in minibatches:
+    for denominator, batches in cut:
         if not batches:  # on any rank: a step would let Adam's momentum move the weights on its own
             totals["empty_updates"] += 1
             continue
@@ -915,8 +924,9 @@ def set_up(run: Run) -> None:
 def settle(run: Run, held_out: list) -> None:
     """What follows from model and data: the context, the micro-batch, and which problems fit."""
     config, model = run.config, run.model.config
-    asked = [ask(run.tokenizer, problem, q) for q, problem in enumerate(run.problems)]
-    held_out = [ask(run.tokenizer, p, q) for q, p in enumerate(held_out[: config.eval_questions])]
+    held_out = held_out[: config.eval_questions]
+    asked, held_out = ([solution_task(run.tokenizer, problem, q) for q, problem in enumerate(part)]
+                       for part in (run.problems, held_out))  # fmt: skip
     if config.max_context is None:
         longest = max(len(task.prompt) for task in asked + held_out)
         template = len(render(run.tokenizer, correction_prompt("", "")))

@@ -247,7 +247,7 @@ class Echo:
 def test_all_ranks_get_all_groups_whatever_their_number(engine, tokenizer, monkeypatch):
     """Five tasks on 1 to 3 ranks, and one on two: one of them has nothing to do."""
     problems = load_problems(f"{TOY}/test.jsonl")[:5]
-    tasks = [rollout.ask(tokenizer, problem, q) for q, problem in enumerate(problems)]
+    tasks = [rollout.solution_task(tokenizer, problem, q) for q, problem in enumerate(problems)]
     how = dict(seed=3, temperature=1.0, max_new_tokens=60)
 
     def groups(world, tasks, samples=range(4), step=2):

@@ -573,7 +573,7 @@ def test_baselines_the_reference_and_the_alarm(launch, tmp_path, monkeypatch):
 def test_corrections_that_do_not_fit_drop_their_error(launch, tmp_path):
     """A context that holds every solution prompt and no correction prompt."""
     problems = train.load_problems(str(FEW))
-    longest = max(len(train.ask(TOKENIZER, problem, 0).prompt) for problem in problems)
+    longest = max(len(train.solution_task(TOKENIZER, problem, 0).prompt) for problem in problems)
     flags = "--steps 3 --max_new_tokens 60 --max_context".split()
     run = launch(tmp_path / "run", *flags, longest + 60)
     assert run.code == 0 and [m["stage"] for m in run.steps] == [1, 2, 1]

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import reward
 import rollout
 import train
-from rollout import Problem, Sample, ask, load_problems, render
+from rollout import Problem, Sample, solution_task, load_problems, render
 
 SHARED = ROOT.parent / "shared" / "tokenizers"
 FLAGS = ("--questions_per_step 4 --group_size 4 --pool_trigger 4 --eval_questions 2 --steps 1 "
@@ -194,7 +194,7 @@ def test_answers_and_corrections_are_graded_whatever_the_think_tags_are(special,
     template = f"TOY{{% if add_generation_prompt %}}{opening}{{% endif %}}"
     tokenizer = toy_tokenizer(template, special)
     assert (len(tokenizer("<think>").input_ids) == 1) == bool(special)
-    task, samples = ask(tokenizer, Problem("2+3?", "5", ""), 0), []
+    task, samples = solution_task(tokenizer, Problem("2+3?", "5", ""), 0), []
     texts = ["<think>\n" + thought for thought in THOUGHTS]
     for text in texts:
         ids = tokenizer(text.removeprefix(opening)).input_ids + [tokenizer.eos_token_id]
