@@ -386,7 +386,7 @@ def compared(seeds: range, work: Path) -> pd.DataFrame:
             by_arm = runs.set_index(["arm", "seed"])[measure].astype(float)
             s = statistics(by_arm[a] - by_arm[b])
             low, high = s["mean"] - s["half"], s["mean"] + s["half"]
-            reading = "no difference shown"
+            reading = "no difference shown" if s["p"] >= 0.05 else "-"  # one seed has no p
             if s["p"] < 0.05:
                 reading = "higher" if s["mean"] > 0 else "lower"
             lines.append({

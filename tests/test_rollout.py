@@ -218,7 +218,8 @@ def test_no_row_is_run_for_nothing(engine, prompts, monkeypatch):
     tokens = sum(len(s.token_ids) for s in samples)
     assert sum(rows for rows, width in shapes if width > 1) == len(prompts)
     assert sum(rows for rows, width in shapes if width == 1) == tokens - len(samples)
-    assert bars[0].n == bars[0].total == len(samples) and engine.grouped and engine.cache_tokens > 10_000
+    assert bars[0].n == bars[0].total == len(samples)
+    assert engine.grouped and engine.cache_tokens > 10_000
     shapes.clear()
     engine.cache_tokens = 20 * (len(prompts[0]) + 60) + 1
     sample(engine, [prompts[0]] * 8, n=8)

@@ -434,6 +434,7 @@ def test_metrics_are_there_and_make_sense(standard):
         assert m["logp_gap"] <= m["logp_gap_max"] < 1e-4  # engine and trainer are the same model
         assert 0 < m["entropy"] < 1 and 0 < m["grad_norm"] < 5 and m["peak_memory_gb"] > 0.1
         assert {"rollout", "update"} <= set(m["seconds"]) and m["dropped_errors"] == 0
+        assert 0 < sum(m["seconds"].values()) < 100  # durations, not times of the day
 
 
 def test_stages_pool_and_prompts_follow_from_the_samples(standard):
