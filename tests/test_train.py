@@ -663,8 +663,10 @@ except SystemExit as end:
 train.main(list(flags))
 flags[flags.index("--output_dir") + 1] += "_again"
 """
-    run = ranks(tmp_path / "run", *"--steps 1 --algorithm grpo".split(), patch=patch).result()
-    assert run.code == 0, run.err
+    job = ranks(tmp_path / "run", *"--steps 1 --algorithm grpo".split(), patch=patch)
+    run = job.result()
+    assert run.code == 0 and "1/1" in run.err, run.err
+    assert not job.said(1) and "1/1" not in job.said(1, "err")  # a bar on rank 0 alone
     again = load_file(tmp_path / "run_again" / "final" / "model.safetensors")
     assert same_weights(run.weights, again) and "RANK" not in train.os.environ
 
