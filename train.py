@@ -48,7 +48,7 @@ import zipfile
 from collections import Counter
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, Optional
@@ -342,13 +342,9 @@ def question_order(seed: int, count: int, start: int, n: int) -> list[int]:
     >>> question_order(seed=0, count=5, start=3, n=4) == order[3:7]   # any part can be asked for
     True
     """
-    places = range(start, start + n)
-    return [int(shuffled(seed, place // count, count)[place % count]) for place in places]
-
-
-@lru_cache(maxsize=2)
-def shuffled(seed: int, epoch: int, count: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(count)
+    epochs = range(start // count, (start + n - 1) // count + 1)
+    stream = [np.random.default_rng((seed, epoch)).permutation(count) for epoch in epochs]
+    return np.concatenate(stream)[start % count :][:n].tolist()
 
 
 def draw_samples(run, step: int, tasks: list[Task], span: Optional[str] = None) -> list[Group]:
