@@ -25,6 +25,8 @@ def group_advantages(rewards: torch.Tensor, scale: str = "std") -> torch.Tensor:
     >>> group_advantages(torch.tensor([[1., 0., 0., 0.]])).round(decimals=3)
     tensor([[ 1.5000, -0.5000, -0.5000, -0.5000]])
     """
+    if rewards.shape[1] < 2:  # std would be NaN
+        raise ValueError(f"an advantage needs a group of at least 2, not of {rewards.shape[1]}")
     advantages = rewards - rewards.mean(dim=1, keepdim=True)  # Eq. 2
     if scale == "std":
         advantages = advantages / (rewards.std(dim=1, keepdim=True) + 1e-4)  # Eq. 2

@@ -920,9 +920,9 @@ def set_up(run: Run) -> None:
 def settle(run: Run, held_out: list) -> None:
     """What follows from model and data: the context, the micro-batch, and which problems fit."""
     config, model = run.config, run.model.config
-    held_out = held_out[: config.eval_questions]
-    asked, held_out = ([solution_task(run.tokenizer, problem, q) for q, problem in enumerate(part)]
-                       for part in (run.problems, held_out))  # fmt: skip
+    asked = [solution_task(run.tokenizer, problem, q) for q, problem in enumerate(run.problems)]
+    held_out = enumerate(held_out[: config.eval_questions])
+    held_out = [solution_task(run.tokenizer, problem, q) for q, problem in held_out]
     if config.max_context is None:
         longest = max(len(task.prompt) for task in asked + held_out)
         template = len(render(run.tokenizer, correction_prompt("", "")))
@@ -961,6 +961,7 @@ def claim_output(run: Run) -> None:
     begun = (run.output / "metrics.jsonl").exists() or (run.output / "checkpoints").exists()
     if begun and not config.resume:
         raise ValueError(f"--output_dir {run.output} holds a run; add --resume, or name another")
+    # The prompt too: a chat template may write today's date.
     settings = asdict(config) | {"ranks": run.world, "first_prompt": run.first_prompt}
     settings["problems"] = digest([*run.problems, *run.eval_tasks])
     free = FREE - {"steps"} if config.schedule == "cosine" else FREE  # and all before it has begun

@@ -150,6 +150,8 @@ def test_what_cannot_be_computed_is_refused():
         loss.policy_loss(x, x, None, x[0], x, beta=0.1, **knobs)
     with pytest.raises(ValueError, match="grpo, dapo, dr_grpo, not 'mean'"):
         loss.step_denominator([1], "mean", 1)
+    with pytest.raises(ValueError, match="at least 2, not of 1"):
+        loss.group_advantages(torch.ones(3, 1))
 
 
 # ------------------------------------------------------------------------------ the small functions
