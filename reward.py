@@ -30,6 +30,11 @@ def answer_start(text):
     return len(text) if "<think>" in answer else len(text) - len(answer)
 
 
+def after_thinking(text):
+    """What follows the last `</think>`: all of a text without thinking, nothing of an unclosed one."""
+    return text[answer_start(text):].strip()
+
+
 def final_answer(text):
     r"""The content of the last \boxed{} after the thinking; None if it is missing or left open."""
     last = text.rfind(r"\boxed")
@@ -57,7 +62,7 @@ class Grader(contextlib.ExitStack):
         self.deadline = deadline
         self.idle = [None] * workers  # None: a worker that is yet to be started
 
-    def verdicts(self, responses, golds):
+    def verdicts(self, responses, golds, problems=None):
         """Each "right", "wrong" or "ungradable": late, out of memory, a gold nobody can read."""
         pairs = list(zip(map(str.strip, golds), map(final_answer, responses), strict=True))
         known = {(gold, answer): "right" if answer == gold else "wrong"

@@ -9,6 +9,7 @@
 TransformersEngine samples from the live model and runs anywhere; VLLMEngine is for speed on a GPU.
 """
 
+import ctypes
 import fcntl
 import hashlib
 import importlib.util
@@ -18,6 +19,7 @@ import math
 import os
 import random
 import re
+import signal
 import sys
 import time
 from contextlib import contextmanager
@@ -25,9 +27,11 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from decimal import Decimal
 from functools import lru_cache, partial
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Optional
+
+PARENT = os.getppid()  # torchrun, if it started us; noted before the slow imports that follow
 
 import numpy
 import torch
@@ -39,8 +43,47 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_utils import AttentionInterface
 from transformers.utils.logging import disable_progress_bar
 
-from error_pool import after_thinking
-from reward import final_answer, find_correction
+import error_pool
+import reward
+
+# -------------------------------------------------------------------------------------- what is drawn
+
+
+@dataclass
+class Task:
+    """What is asked: a question, or in stage 2 the correction of a wrong answer to one."""
+
+    problem: str
+    answer: str  # the gold final answer
+    prompt: list[int]
+    question: int  # its place among the step's questions; in an evaluation its number in the file
+    corrects: Optional[int] = None  # in an evaluation: the sample that this asks to correct
+
+
+@dataclass
+class Sample:
+    """One response. The engine fills the first four fields, grading the others."""
+
+    token_ids: list[int]  # as sampled; the end-of-turn id is the last one iff `finished`
+    logprobs: list[float]  # log mu of each, at the sampling temperature
+    text: str  # without what ends it; begins with `<think>` if the prompt ended with it
+    finished: bool  # False: cut off at max_new_tokens
+    verdict: str = ""  # "right", "wrong" or "ungradable"
+    reward: float = 0.0  # R of Eq. 1, R' of Eq. 11; a fork may give any number from 0 to 1
+    analysis: Optional[tuple[int, int]] = None  # of a correction: (start, end) in token_ids
+    solution: Optional[str] = None  # of a correction: what is graded; "" if not well-formed
+
+
+@dataclass(kw_only=True)
+class Group(Task):
+    """A task and its G samples."""
+
+    samples: list[Sample]
+
+    @property
+    def rewards(self) -> list[float]:
+        return [sample.reward for sample in self.samples]
+
 
 # ----------------------------------------------------------------------------------------- problems
 
@@ -162,7 +205,7 @@ def read_answer(value) -> str:
     if isinstance(value, float):  # it holds 15 digits of a decimal, but all of an integer
         value = format(Decimal(f"{value + 0:.{15 if value % 1 else 17}g}"), "f")
     text = str(value).rpartition("####")[2]  # GSM8K
-    text = final_answer(text) if "\\boxed" in text else text  # MATH
+    text = reward.final_answer(text) if "\\boxed" in text else text  # MATH
     return re.sub(r"(?<!\\)\$", "", text)  # OlympiadBench
 
 
@@ -621,45 +664,20 @@ def make_engine(kind: str, model, tokenizer, **options):
 # ------------------------------------------------------------------------------------------- groups
 
 
-@dataclass
-class Task:
-    problem: str
-    answer: str
-    prompt: list[int]
-    question: int  # its place among the step's questions; in an evaluation its number in the file
-    corrects: Optional[int] = None  # in an evaluation: the sample that this asks to correct
-
-
-@dataclass
-class Sample:
-    token_ids: list[int]  # as sampled; the end-of-turn id is the last one iff `finished`
-    logprobs: list[float]  # log mu of each, at the sampling temperature
-    text: str  # without what ends it; begins with `<think>` if the prompt ended with it
-    finished: bool  # False: cut off at max_new_tokens
-
-
-@dataclass(kw_only=True)
-class Group(Task):
-    """A task and its G samples, graded."""
-
-    samples: list[Sample]
-    graded: list[str]  # what the reward looks at: the response, or a correction's solution
-    spans: list  # of corrections: (start, end) of the analysis in the tokens; None: not well-formed
-    verdicts: list[str]  # "right", "wrong" or "ungradable"
-
-    @property
-    def rewards(self) -> list[float]:
-        return [float(verdict == "right") for verdict in self.verdicts]  # Eqs. 1, 11
-
-
 def solution_task(tokenizer, problem: Problem, question: int) -> Task:
-    """Stage 1's task."""
+    """Stage 1's task: the question itself."""
     prompt = render(tokenizer, solution_prompt(problem.problem))
     return Task(problem.problem, problem.answer, prompt, question)
 
 
+def correction_task(tokenizer, problem, answer, response, question, corrects=None) -> Task:
+    """Stage 2's task: x' of Eq. 10, which shows a response without its thinking."""
+    prompt = render(tokenizer, error_pool.correction_prompt(problem, response))  # Eq. 10
+    return Task(problem, answer, prompt, question, corrects)
+
+
 def fitting(tasks: list[Task], max_new_tokens: int, max_context: int, source: str) -> list[Task]:
-    """Those that fit the context; the others are counted in a warning. ValueError if none does."""
+    """The tasks that fit the context; a warning counts the others. ValueError if none fits."""
     kept = [task for task in tasks if fits(task.prompt, max_new_tokens, max_context)]
     room = f"the context of {max_context} tokens with --max_new_tokens {max_new_tokens}"
     if tasks and not kept:
@@ -670,79 +688,117 @@ def fitting(tasks: list[Task], max_new_tokens: int, max_context: int, source: st
 
 
 def sample_groups(
-    engine, tokenizer, grader, tasks, samples: range, *,
-    seed, step=0, temperature, top_p=1.0, max_new_tokens, span=None,
+    engine, tokenizer, grader, tasks: list[Task], samples: range, *,
+    seed: int, step=0, temperature, top_p=1.0, max_new_tokens, span: Optional[str] = None,
 ) -> list[Group]:  # fmt: skip
     """Samples number `samples`, a range, of each task, graded; every rank returns all, in order.
 
-    span   None: the samples are answers (Eq. 1); "sections" or "prefix": corrections (Eqs. 11, 12)
-    step   of training, 0 in an evaluation; with the run's `seed` it decides all randomness
+    span    None: the samples are answers (Eq. 1); "sections" or "prefix": corrections (Eqs. 11, 12)
+    step    of training, 0 in an evaluation; with the run's `seed` it decides all randomness
+    grader  None: the samples get no verdicts
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    mine = tasks[rank::world]
-    seeds = [[sample_seed(seed, step, t.question, i, t.corrects) for i in samples] for t in mine]
-    bar = partial(tqdm, unit="sample", leave=False, delay=5, disable=rank > 0)
+    rank = dist.get_rank()
+    mine = tasks[rank :: dist.get_world_size()]  # task b is the work of rank b mod world
+
+    def seeds_of(task):
+        return [sample_seed(seed, step, task.question, i, task.corrects) for i in samples]
+
     drawn = engine.generate(
         [task.prompt for task in mine], len(samples), temperature=temperature, top_p=top_p,
-        max_new_tokens=max_new_tokens, seeds=seeds, bar=bar,
+        max_new_tokens=max_new_tokens, seeds=[seeds_of(task) for task in mine],
+        bar=partial(tqdm, unit="sample", leave=False, delay=5, disable=rank > 0),
     )  # fmt: skip
-    parts = gather([grade_groups(grader, tokenizer, mine, drawn, span)])
-    return [parts[b % world][b // world] for b in range(len(tasks))]
+    groups = [Group(**vars(task), samples=row) for task, row in zip(mine, drawn)]
+    grade_groups(grader, tokenizer, groups, span)
+    return interleave(gather([groups]))
 
 
-def grade_groups(grader, tokenizer, tasks, drawn, span) -> list[Group]:
-    """R of Eq. 1; with a `span`, R' and the analysis (Eqs. 11, 12). No `grader`: no verdicts."""
-    groups = []
-    for task, samples in zip(tasks, drawn):
-        group = Group(**vars(task), samples=samples, graded=[], spans=[], verdicts=[])
-        for sample in samples:
-            # Thinking that never closed holds no correction.
-            closed = span and after_thinking(sample.text)
-            found = find_correction(sample.token_ids, tokenizer, span) if closed else None  # Eq. 11
-            group.spans.append(found and found[:2])
-            solution = found[2] if found else ""  # without both sections it is wrong
-            group.graded.append(solution if span else sample.text)
-        groups.append(group)
-    if grader is None:
-        return groups
-    golds = [group.answer for group in groups for _ in group.samples]
-    verdicts = iter(grader.verdicts([text for group in groups for text in group.graded], golds))
+def interleave(parts: list[list]) -> list:
+    """The ranks' parts `items[rank::world]` -> all items, in their order.
+
+    >>> interleave([["a", "c"], ["b"]])
+    ['a', 'b', 'c']
+    """
+    world = len(parts)
+    return [parts[b % world][b // world] for b in range(sum(map(len, parts)))]
+
+
+def grade_groups(grader, tokenizer, groups: list[Group], span: Optional[str]) -> None:
+    """Fills in what grading adds to each sample; see `sample_groups`."""
+    drawn = []  # (group, sample)
     for group in groups:
-        group.verdicts = [next(verdicts) for _ in group.samples]  # Eqs. 1, 11
-    return groups
+        for sample in group.samples:
+            drawn.append((group, sample))
+            if span is not None:
+                find_sections(sample, tokenizer, span)  # Eqs. 11, 12
+    if grader is None:
+        return
+    texts = [s.text if s.solution is None else s.solution for _, s in drawn]
+    golds = [group.answer for group, _ in drawn]
+    problems = [group.problem for group, _ in drawn]
+    verdicts = grader.verdicts(texts, golds, problems)
+    for (_, sample), verdict in zip(drawn, verdicts, strict=True):
+        sample.verdict = verdict
+        sample.reward = float(verdict == "right")  # Eqs. 1, 11
+
+
+def find_sections(sample: Sample, tokenizer, span: str) -> None:
+    """Notes a correction's analysis and solution; without both sections it is wrong (Eq. 11)."""
+    sample.solution = ""
+    if not reward.after_thinking(sample.text):  # thinking that never ends holds no correction
+        return
+    correction = reward.find_correction(sample.token_ids, tokenizer, span)
+    if correction is not None:
+        start, end, solution = correction
+        sample.analysis = (start, end)
+        sample.solution = solution
 
 
 # ----------------------------------------------------------------------------------------- programs
 
-STARTS = count()
+START_NUMBERS = count()
 
 
-def flag(default, text: str):
-    """A field of a dataclass of settings, which is a flag of the command line."""
-    return field(default=default, metadata={"help": text})
+def flag(default, text: str, least: float = 0):
+    """A field of a dataclass of settings: a flag, its help, and the least number it may be."""
+    return field(default=default, metadata={"help": text, "least": least})
 
 
-def claim(folder: Path, settings: dict, free=frozenset()):
+def output_folder(name: str) -> Path:
+    """The folder of this name; ValueError where writing into it could harm somebody's files."""
+    if not name.strip():
+        raise ValueError("the name of the output folder is empty: is a shell variable unset?")
+    folder = Path(name).expanduser()
+    if folder.exists() and not (folder / "settings.json").exists():
+        foreign = [path.name for path in folder.glob("[!.]*")]
+        if foreign:
+            raise ValueError(f"{folder} holds {min(foreign)} and no run; name a new folder")
+    return folder
+
+
+def lock_folder(folder: Path, settings: dict, free=frozenset()):
     """Locks an output folder and writes settings.json. Returns the lock, an open file.
 
-    ValueError if others are writing there, or if it was begun with other settings, but for those in
-    `free`. Each rank has its lock, which ends with its process: torchrun's workers outlive a
-    torchrun that was killed.
+    Each rank holds its own lock until its process ends. ValueError if another process holds it, or
+    if the folder was begun with other settings, but for those in `free`.
     """
+    rank = dist.get_rank()
     folder.mkdir(parents=True, exist_ok=True)
-    lock, file = open(folder / f".lock{dist.get_rank()}", "w"), folder / "settings.json"
+    lock = open(folder / f".lock{rank}", "w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"{folder}: another process is writing there; name another") from None
+    file = folder / "settings.json"
     stored = json.loads(file.read_text()) if file.exists() else {}
     for name in settings.keys() & stored.keys() - free:
         if stored[name] != settings[name]:
-            there, here = f"{stored[name]!r:.80}", f"{settings[name]!r:.80}"
-            raise ValueError(f"{folder} was begun with {name} {there}, not {here}; name another")
-    if dist.get_rank() == 0:
-        file.with_suffix(".part").write_text(json.dumps(stored | settings, indent=1))
-        file.with_suffix(".part").replace(file)
+            raise ValueError(f"{folder} was begun with {name} {stored[name]!r:.80}, "
+                             f"not {settings[name]!r:.80}; name another")  # fmt: skip
+    if rank == 0:
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(stored | settings, indent=1))
+        part.replace(file)
     return lock
 
 
@@ -756,24 +812,41 @@ def start_distributed() -> tuple[int, int, torch.device]:
     for stream in (sys.stdout, sys.stderr):  # a terminal that knows no Chinese shows escapes
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    cuda = torch.cuda.is_available()
+    end_with_torchrun()
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
-    if cuda:
+    backend = "gloo"
+    if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
     if "RANK" in os.environ:
         store, _, _ = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(f"start_{next(STARTS)}", store)  # it outlives the process group
+        # torchrun's store outlives the process group, so each start gets keys of its own.
+        store = dist.PrefixStore(f"start_{next(START_NUMBERS)}", store)
+    elif int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+        fail("srun alone starts runs that know nothing of each other; let it start torchrun")
     else:
-        if int(os.environ.get("SLURM_NTASKS", 1)) > 1:
-            fail("srun alone starts runs that know nothing of each other; let it start torchrun")
         store = dist.HashStore()
-    # As long as the longest rollout; of a rank that dies torchrun learns, and ends the others.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank,
-                            world_size=world, timeout=timedelta(hours=24))  # fmt: skip
-    gather([])  # nobody leaves with an error while others are still on their way
+    # A rank may wait for the longest rollout of another. torchrun ends all if one dies.
+    timeout = timedelta(hours=24)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    gather([])  # a rank that fails now would break the connections of those still on their way
     return rank, world, device
+
+
+def end_with_torchrun() -> None:
+    """Asks Linux to end this process when torchrun dies: it would hold its GPU to the run's end.
+
+    Only under torchrun: a plain `nohup python train.py &` must survive its shell.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
+        return
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != PARENT:  # it died before it could be asked for
+        raise SystemExit("torchrun is gone")
 
 
 def gather(items: list) -> list:
@@ -782,19 +855,24 @@ def gather(items: list) -> list:
         return list(items)
     lists = [None] * dist.get_world_size()
     dist.all_gather_object(lists, items)
-    return [item for part in lists for item in part]
+    return list(chain.from_iterable(lists))
 
 
 def warn(message, kind: str = "warning") -> None:
     """One line from rank 0, above its progress bar."""
     if os.environ.get("RANK", "0") == "0":
-        tqdm.write(f"{kind}: {' '.join(str(message).split())}", file=sys.stderr)
+        line = " ".join(str(message).split())
+        tqdm.write(f"{kind}: {line}", file=sys.stderr)
 
 
-def fail(message) -> None:
-    """One line from rank 0, exit code 2 on all. The others speak later: one may be alone in it."""
+def fail(message, code: int = 2) -> None:
+    """One line from rank 0, then exit code 2 on all ranks.
+
+    torchrun ends all ranks with the first that ends. So the others wait until rank 0 has spoken,
+    and then speak too: a rank may be alone in its failure.
+    """
     warn(message, "error")
     if os.environ.get("RANK", "0") != "0":
-        time.sleep(3)  # torchrun ends all with the first that ends: rank 0 speaks before that
+        time.sleep(3)
         print(f"error: rank {os.environ['RANK']}: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)
