@@ -670,6 +670,11 @@ def solution_task(tokenizer, problem: Problem, question: int) -> Task:
     return Task(problem.problem, problem.answer, prompt, question)
 
 
+def load_tasks(tokenizer, source: str) -> list[Task]:
+    """The problems of a file or dataset as tasks of stage 1, numbered as they stand there."""
+    return [solution_task(tokenizer, p, q) for q, p in enumerate(load_problems(source))]
+
+
 def correction_task(tokenizer, problem, answer, response, question, corrects=None) -> Task:
     """Stage 2's task: x' of Eq. 10, which shows a response without its thinking."""
     prompt = render(tokenizer, error_pool.correction_prompt(problem, response))  # Eq. 10
@@ -723,14 +728,20 @@ def interleave(parts: list[list]) -> list:
     return [parts[b % world][b // world] for b in range(sum(map(len, parts)))]
 
 
+def each_sample(groups: list[Group]) -> list[tuple[Group, Sample]]:
+    """Every sample beside its group, in order."""
+    pairs = []
+    for group in groups:
+        pairs.extend((group, sample) for sample in group.samples)
+    return pairs
+
+
 def grade_groups(grader, tokenizer, groups: list[Group], span: Optional[str]) -> None:
     """Fills in what grading adds to each sample; see `sample_groups`."""
-    drawn = []  # (group, sample)
-    for group in groups:
-        for sample in group.samples:
-            drawn.append((group, sample))
-            if span is not None:
-                find_sections(sample, tokenizer, span)  # Eqs. 11, 12
+    drawn = each_sample(groups)
+    if span is not None:
+        for _, sample in drawn:
+            find_sections(sample, tokenizer, span)  # Eqs. 11, 12
     if grader is None:
         return
     texts = [s.text if s.solution is None else s.solution for _, s in drawn]

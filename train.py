@@ -51,7 +51,7 @@ import warnings
 import zipfile
 from collections import Counter
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal, Optional
@@ -266,9 +266,8 @@ class Run:
     output: Path
     model: PreTrainedModel  # the policy's weights, as the engine and save_pretrained see them
     tokenizer: PreTrainedTokenizerBase
-    problems: list[rollout.Problem]  # of --train_data, those that fit the context
-    eval_tasks: list[Task]  # of --eval_data, likewise
-    first_prompt: list[int]
+    tasks: list[Task]  # the questions of --train_data that fit the context
+    eval_tasks: list[Task]  # those of --eval_data
     optimizer: "MasterAdamW"
     engine: "rollout.TransformersEngine | rollout.VLLMEngine"
     grader: reward.Grader
@@ -403,7 +402,7 @@ def self_correction(run: Run, step: int) -> tuple[list[Group], list["Example"], 
     rewards = torch.tensor([group.rewards for group in groups])  # R', Eq. 11 [B,G]
     advantages = loss.group_advantages(rewards, config.scale)  # Â', Eq. 2
     masks = []
-    credited_lengths = []  # |Analysis(y_j)|: the denominators of Eq. 13 count failed ones too
+    credited_lengths = []
     for group in groups:
         lengths = [len(sample.token_ids) for sample in group.samples]
         spans = [sample.analysis for sample in group.samples]
@@ -413,9 +412,11 @@ def self_correction(run: Run, step: int) -> tuple[list[Group], list["Example"], 
         if config.success_conditioned:
             success = [sample.reward == 1 for sample in group.samples]
         masks.append(loss.analysis_mask(spans, max(lengths), success))  # m, Eq. 12
-        credited_lengths.append([span_length(span) for span in spans])
+        # |Analysis(y_j)|, of failed corrections too: the denominator of Eq. 13 counts them all.
+        credited = loss.analysis_mask(spans, max(lengths))
+        credited_lengths.append(credited.sum(dim=1).tolist())
     examples = make_examples(groups, advantages, masks, credited_lengths)
-    well_formed = [s.analysis is not None for group in groups for s in group.samples]
+    well_formed = [s.analysis is not None for _, s in rollout.each_sample(groups)]
     metrics = {"correction_success": rewards.mean().item(), "well_formed": np.mean(well_formed)}
     return groups, examples, metrics
 
@@ -436,13 +437,6 @@ def take_errors(run: Run) -> list[Task]:
     return tasks
 
 
-def span_length(span: Optional[tuple[int, int]]) -> int:
-    if span is None:  # not well-formed
-        return 0
-    start, end = span
-    return end - start
-
-
 def draw_questions(run: Run, step: int) -> tuple[list[Group], int]:
     """The B groups of a stage-1 step, and how many were discarded on the way.
 
@@ -456,10 +450,9 @@ def draw_questions(run: Run, step: int) -> tuple[list[Group], int]:
     for attempt in range(config.dynamic_sampling):
         n = B - len(kept)
         tasks = []
-        for place in question_order(config.seed, len(run.problems), run.state.questions, n):
+        for place in question_order(config.seed, len(run.tasks), run.state.questions, n):
             # Numbered on from round to round: a second round's seeds are not the first's.
-            number = attempt * B + len(tasks)
-            tasks.append(rollout.solution_task(run.tokenizer, run.problems[place], number))
+            tasks.append(replace(run.tasks[place], question=attempt * B + len(tasks)))
         run.state.questions += n
         for group in draw_samples(run, step, tasks):
             mixed = len(set(group.rewards)) > 1
@@ -501,9 +494,9 @@ def draw_samples(run: Run, step: int, tasks: list[Task], span: Optional[str] = N
         run.engine, run.tokenizer, run.grader, tasks, range(config.group_size), seed=config.seed,
         step=step, temperature=config.temperature, max_new_tokens=config.max_new_tokens, span=span,
     )  # fmt: skip
-    for group in groups:
-        run.state.samples += len(group.samples)
-        run.state.tokens += sum(len(sample.token_ids) for sample in group.samples)
+    for _, sample in rollout.each_sample(groups):
+        run.state.samples += 1
+        run.state.tokens += len(sample.token_ids)
     return groups
 
 
@@ -959,21 +952,19 @@ def log(run: Run, metrics: dict, groups: list[Group]) -> None:
     """A line in metrics.jsonl, the step's first 16 samples in samples.jsonl."""
     if run.rank > 0:
         return
-    state = run.state
+    drawn = rollout.each_sample(groups)
     metrics = {"accuracy": None, "correction_success": None} | metrics
-    samples = []  # (group, sample)
-    for group in groups:
-        samples += [(group, sample) for sample in group.samples]
-    if samples:
-        for verdict in ("right", "wrong", "ungradable"):
-            metrics[verdict] = sum(sample.verdict == verdict for _, sample in samples)
-        lengths = [len(sample.token_ids) for _, sample in samples]
+    if drawn:
+        verdicts = [sample.verdict for _, sample in drawn]
+        lengths = [len(sample.token_ids) for _, sample in drawn]
+        seconds = run.seconds["rollout"] + run.seconds["update"]
+        metrics |= {name: verdicts.count(name) for name in ("right", "wrong", "ungradable")}
         metrics["mixed_groups"] = np.mean([len(set(group.rewards)) > 1 for group in groups])
-        metrics["truncated"] = np.mean([not sample.finished for _, sample in samples])
+        metrics["truncated"] = np.mean([not sample.finished for _, sample in drawn])
         metrics["mean_length"] = np.mean(lengths)
-        metrics["tokens_per_second"] = sum(lengths) / sum(run.seconds.values())
+        metrics["tokens_per_second"] = sum(lengths) / seconds
     for name in ("visits", "dropped_errors", "questions", "samples", "tokens"):
-        metrics[name] = getattr(state, name)
+        metrics[name] = getattr(run.state, name)
     metrics["pool_size"] = None if run.pool is None else len(run.pool)
     metrics["seconds"] = {part: round(seconds, 4) for part, seconds in run.seconds.items()}
     metrics["peak_memory_gb"] = peak_memory(run.device) / 2**30
@@ -982,10 +973,11 @@ def log(run: Run, metrics: dict, groups: list[Group]) -> None:
             metrics[name] = None
     append_lines(run.output / "metrics.jsonl", [metrics])
     append_lines(run.output / "samples.jsonl", [
-        {"step": state.step, "stage": state.stage, "problem": group.problem, "answer": group.answer,
-         "prompt": run.tokenizer.decode(group.prompt), "response": sample.text,
-         "verdict": sample.verdict, "finished": sample.finished, "analysis": sample.analysis}
-        for group, sample in samples[:16]
+        {"step": run.state.step, "stage": run.state.stage, "problem": group.problem,
+         "answer": group.answer, "prompt": run.tokenizer.decode(group.prompt),
+         "response": sample.text, "verdict": sample.verdict, "finished": sample.finished,
+         "analysis": sample.analysis}
+        for group, sample in drawn[:16]
     ])  # fmt: skip
 
 
@@ -1061,14 +1053,13 @@ def summary(run: Run) -> None:
     if run.rank > 0:
         return
     lines = read_lines(run.output / "metrics.jsonl")
-    evaluations = [line for line in lines if line.get("eval_accuracy") is not None]
-    if evaluations:
+    if run.eval_tasks:
+        evaluations = [line for line in lines if "eval_accuracy" in line]
+        before, after = evaluations[0], evaluations[-1]
         run.say(f"\n{'held-out problems':<28}{'before':>16}{'after':>16}")
-    for key, name in (("eval_accuracy", "answered right"),
-                      ("eval_correction", "own errors corrected")):  # fmt: skip
-        cells = [with_error(line, key) for line in evaluations[:1] + evaluations[-1:]]
-        if cells:
-            run.say(f"{name:<28}" + "".join(f"{cell:>16}" for cell in cells))
+        for key, name in (("eval_accuracy", "answered right"),
+                          ("eval_correction", "own errors corrected")):  # fmt: skip
+            run.say(f"{name:<28}{with_error(before, key):>16}{with_error(after, key):>16}")
     spent = Counter()
     for line in lines:
         spent.update(line["seconds"])
@@ -1078,14 +1069,16 @@ def summary(run: Run) -> None:
     run.say(f"written: {run.output}/ (metrics, samples, curves.png, checkpoints/, final/)")
 
 
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def with_error(line: dict, key: str) -> str:
+    """Share and standard error; `-` where there was nothing to measure."""
     if line[key] is None:
         return "-"
-    return f"{line[key]:.3f} ± {line[f'{key}_se'] or 0:.3f}"
+    error = line[f"{key}_se"] or 0  # None for one observation
+    return f"{line[key]:.3f} ± {error:.3f}"
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def plot(lines: list[dict], path: Path, held_out: int) -> None:
@@ -1223,39 +1216,36 @@ def save_final(run: Run) -> None:
 def set_up(config: Config, rank: int, device: torch.device, cleanup: ExitStack) -> Run:
     """Builds everything, on all ranks together. ValueError or OSError, one line, if it cannot.
 
-    Nothing is written before the model has been tried.
+    Nothing is written before data and model have been tried.
     """
     output = find_output(config)
-    problems = rollout.load_problems(config.train_data)
-    held_out = rollout.load_problems(config.eval_data) if config.eval_data else []
     model, tokenizer = rollout.load_policy(config.model, "auto", device)
     model.generation_config.validate(strict=True)  # else final/ could not be written
-    switch_off_dropout(model)
-    tasks = [rollout.solution_task(tokenizer, problem, q) for q, problem in enumerate(problems)]
-    eval_tasks = [rollout.solution_task(tokenizer, problem, q)
-                  for q, problem in enumerate(held_out[: config.eval_questions])]  # fmt: skip
-    first_prompt = tasks[0].prompt
+    tasks = rollout.load_tasks(tokenizer, config.train_data)
+    eval_tasks = []
+    if config.eval_data:
+        eval_tasks = rollout.load_tasks(tokenizer, config.eval_data)[: config.eval_questions]
     choose_sizes(config, model, tokenizer, tasks + eval_tasks)
     room = {"max_new_tokens": config.max_new_tokens, "max_context": config.max_context}
     tasks = rollout.fitting(tasks, source="--train_data", **room)
     eval_tasks = rollout.fitting(eval_tasks, source="--eval_data", **room)
-    problems = [problems[task.question] for task in tasks]
 
     bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     dtype = torch.bfloat16 if bf16 else torch.float32
-    with refused_if_it_fails(config.model):
-        freeze_unused_parameters(model, first_prompt)
-        optimizer = MasterAdamW(
-            model, dtype, weight_decay=config.weight_decay, max_norm=config.max_grad_norm
-        )
+    with one_line_if_it_fails(config.model):
+        switch_off_dropout(model)
+        freeze_unused_parameters(model, tasks[0].prompt)
+    optimizer = MasterAdamW(
+        model, dtype, weight_decay=config.weight_decay, max_norm=config.max_grad_norm
+    )
     engine = rollout.make_engine(
         config.rollout, model, tokenizer, model_path=config.model, max_context=config.max_context,
         memory_share=config.memory_share,
     )  # fmt: skip
     cleanup.callback(engine.close)
-    with refused_if_it_fails(config.model):
-        check_log_probabilities(model, engine, first_prompt, healthy_gap(bf16))
-    cleanup.enter_context(lock_output(config, output, problems, eval_tasks, first_prompt))
+    with one_line_if_it_fails(config.model):
+        check_log_probabilities(model, engine, tasks[0].prompt, healthy_gap(bf16))
+    cleanup.enter_context(lock_output(config, output, tasks, eval_tasks))
 
     if config.compile:
         compile_layers(model, recompute=config.gradient_checkpointing)
@@ -1267,8 +1257,8 @@ def set_up(config: Config, rank: int, device: torch.device, cleanup: ExitStack) 
     if config.beta:  # else pi_ref is not even loaded
         reference, _ = rollout.load_policy(config.model, dtype, device)
         reference = Policy(reference.requires_grad_(False), **options)
-    # Buffers are equal on all ranks; broadcasting them would be a collective in every forward
-    # pass, of which the ranks make different numbers.
+    # Buffers are not broadcast: that would be a collective in every forward pass, of which the
+    # ranks make different numbers.
     policy = DistributedDataParallel(
         Policy(model, **options), gradient_as_bucket_view=True, broadcast_buffers=False
     )
@@ -1277,8 +1267,8 @@ def set_up(config: Config, rank: int, device: torch.device, cleanup: ExitStack) 
         pool = error_pool.ErrorPool(config.min_variance, config.errors_per_question)
     grader = cleanup.enter_context(reward.Grader())
     return Run(
-        config, rank, device, output, model, tokenizer, problems, eval_tasks, first_prompt,
-        optimizer, engine, grader, policy, reference, pool,
+        config, rank, device, output, model, tokenizer, tasks, eval_tasks, optimizer, engine,
+        grader, policy, reference, pool,
     )  # fmt: skip
 
 
@@ -1295,13 +1285,13 @@ def find_output(config: Config) -> Path:
     return output
 
 
-def lock_output(config: Config, output: Path, problems, eval_tasks, first_prompt):
+def lock_output(config: Config, output: Path, tasks: list[Task], eval_tasks: list[Task]):
     """Locks the folder and writes settings.json; ValueError if a run was begun there with others."""
     settings = asdict(config) | {
         "ranks": dist.get_world_size(),
-        # By content, for what is behind a name may change; a chat template may write the date.
-        "first_prompt": first_prompt,
-        "problems": rollout.digest([*problems, *eval_tasks]),
+        # By content: what is behind a name may change, and a chat template may write the date.
+        "first_prompt": tasks[0].prompt,
+        "problems": rollout.digest(tasks + eval_tasks),
         "weights": rollout.weights_digest(config.model) if config.beta else None,  # pi_ref's
     }
     free = set(FREE_TO_CHANGE)
@@ -1337,14 +1327,12 @@ def choose_sizes(config: Config, model, tokenizer, tasks: list[Task]) -> None:
 
 
 @contextmanager
-def refused_if_it_fails(model: str):
-    """Whatever the model's own code raises when it is first used becomes one line."""
+def one_line_if_it_fails(model: str):
+    """A model's own code raises what it likes when it is first used."""
     try:
         yield
-    except ValueError as error:
-        raise ValueError(f"--model {model} {error}") from error
     except Exception as error:
-        fault = f"--model {model} cannot be trained here ({type(error).__name__}: {error})"
+        fault = f"--model {model} cannot be trained here: {type(error).__name__}: {error}"
         raise ValueError(fault) from error
 
 
@@ -1358,32 +1346,27 @@ def freeze_unused_parameters(model, prompt: list[int]) -> None:
         model.get_parameter(name).requires_grad_(False)
     model.zero_grad()
     if unused:
-        shown = ", ".join(unused[:3])
-        warn(f"{len(unused)} parameters get no gradient and are frozen: {shown}, ...")
+        warn(f"{len(unused)} parameters get no gradient and are frozen: {', '.join(unused):.200}")
 
 
 def check_log_probabilities(model, engine, prompt: list[int], limit: float) -> None:
-    """ValueError unless loss.py, the model itself and the engine agree about log p.
+    """ValueError unless loss.py and the model itself agree about a prompt and one sampled token.
 
     They do not where a model scales or caps its logits (Granite, Gemma 2), or is no causal model.
     """
-    (drawn,) = engine.generate(
-        [prompt], 1, temperature=1.0, max_new_tokens=1, seeds=[[0]], bar=partial(tqdm, disable=True)
+    no_bar = partial(tqdm, disable=True)
+    ((sample,),) = engine.generate(
+        [prompt], 1, temperature=1.0, max_new_tokens=1, seeds=[[0]], bar=no_bar
     )
-    (sample,) = drawn
     ids = torch.tensor([prompt + sample.token_ids], device=model.device)
     with torch.no_grad():
         ours, _ = loss.token_logprobs(model, ids, torch.ones_like(ids), first=ids.new_ones(1))
-        theirs = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
-    theirs = theirs.gather(-1, ids[0, 1:, None])[:, 0]
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+    theirs = logits.float().log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
     gap = (ours[0] - theirs).abs().mean().item()
     if not gap < limit:
-        raise ValueError("is no causal model, or scales or caps its logits: its log p is "
+        raise ValueError("it is no causal model, or it scales or caps its logits: its log p is "
                          f"{gap:.2g} off what loss.py computes")  # fmt: skip
-    gap = abs(sample.logprobs[0] - ours[0, -1].item())
-    if not gap < 4 * limit:  # of one token, not of a mean
-        raise ValueError(f"is another model to the {engine.name} engine: the log p of a sampled "
-                         f"token is {gap:.2g} off; choose the other --rollout")  # fmt: skip
 
 
 def introduce(run: Run) -> None:
@@ -1391,17 +1374,17 @@ def introduce(run: Run) -> None:
     config = run.config
     millions = sum(p.numel() for p in run.model.parameters()) / 1e6
     compute = "bf16" if run.optimizer.bf16 else "fp32"
-    held_out = f"{len(run.eval_tasks):,} held-out ones" if run.eval_tasks else "no evaluation"
+    held_out = f"{len(run.eval_tasks)} held-out ones" if run.eval_tasks else "no evaluation"
     run.say(
         f"{config.algorithm}: {config.model} ({millions:.1f} M parameters, {compute}) on "
-        f"{dist.get_world_size()} x {run.device.type}; {config.steps} steps on "
-        f"{len(run.problems):,} questions, {held_out}\n"
+        f"{dist.get_world_size()} x {run.device.type}, {config.steps} steps\n"
         f"{run.engine.name} engine ({run.engine.why}), contexts of {config.max_context} "
-        f"tokens, micro-batches of {config.micro_batch_tokens}; writing to {run.output}"
+        f"tokens, micro-batches of {config.micro_batch_tokens}; writing to {run.output}\n"
+        f"{len(run.tasks):,} questions, {held_out}; the first questions and their answers:"
     )
-    for problem in run.problems[:3]:
-        run.say(f"  {problem.problem:.70} -> {problem.answer:.30}")
-    run.say(f"--- the first prompt\n{run.tokenizer.decode(run.first_prompt)}\n---")
+    for task in run.tasks[:3]:
+        run.say(f"  {task.problem:.70}  ->  {task.answer:.30}")
+    run.say(f"--- the first prompt\n{run.tokenizer.decode(run.tasks[0].prompt)}\n---")
     if run.state.step:
         run.say(f"resumed after step {run.state.step}, in stage {run.state.stage}")
 

@@ -100,7 +100,7 @@ def launch():
         where = ["--output_dir", folder] if folder is not None else []
         out, err, code = io.StringIO(), io.StringIO(), 0
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-            patch.setattr(train, "Grader", lambda: grader)
+            patch.setattr(reward, "Grader", lambda: grader)
             for name in RANK:
                 patch.delenv(name, raising=False)
             try:
@@ -132,12 +132,12 @@ SERVER += """
 
 class Marks:  # no worker processes: the toy's answers are whole numbers
     __enter__, __exit__ = lambda self: self, lambda self, *exception: None
-    def verdicts(self, responses, golds):
+    def verdicts(self, responses, golds, problems=None):
         answers = [reward.final_answer(response) or "-" for response in responses]
         right = [a.isdigit() and int(a) == int(gold) for a, gold in zip(answers, golds)]
         return ["right" if r else "wrong" for r in right]
 
-train.Grader = Marks
+reward.Grader = Marks
 for line in sys.stdin:
     job, pids, codes = json.loads(line), [], {}
     # The store is the parent's, as under torchrun.
