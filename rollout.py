@@ -146,9 +146,9 @@ def read_rows(source: str):
 
             return parquet.read_table(source).to_pylist()
         if os.path.isfile(source) or re.search(r"\.(jsonl?|csv|txt|gz)$", source):
-            # Not by pandas, which would make 9007199254740993 of a column with a gap a float.
+            # Not by pandas: where a row lacks a field, it makes floats of the other rows' integers.
             text = Path(source).read_text(encoding="utf-8-sig")
-            if not text.lstrip().startswith("["):  # a row a line; an error names the line
+            if not text.lstrip().startswith("["):  # a row a line, and errors name the line
                 text = "[" + ",\n".join(filter(str.strip, text.split("\n"))) + "]"
             return json.loads(text)
         from datasets import load_dataset
@@ -204,8 +204,9 @@ def read_answer(value, field="answer") -> str:
     >>> read_answer(r"$x=\fbox{2}$ or $\boxed{-2}$", "solution"), read_answer("Trivial", "solution")
     ('2, -2', 'notfound')
     """
-    if field == "reward_model":  # DAPO's; pandas writes it as JSON text
-        value = json.loads(value) if isinstance(value, str) else value
+    if field == "reward_model":  # DAPO's, or its JSON text
+        if isinstance(value, str):
+            value = json.loads(value)
         value = value["ground_truth"]
     if isinstance(value, list):
         return ", ".join(map(read_answer, value))
@@ -216,12 +217,12 @@ def read_answer(value, field="answer") -> str:
         value = format(Decimal(f"{value + 0:.{15 if value % 1 else 17}g}"), "f")
     text = str(value)
     answer = text.rpartition("####")[2]  # GSM8K
-    if re.search(r"\\(boxed|fbox)", answer):  # MATH; what differs is a list: x^2 = 4 has two answers
+    if re.search(r"\\(boxed|fbox)", answer):  # MATH; all that differ: x^2 = 4 has two answers
         parts = reward.after_thinking(answer).replace("\\fbox", "\\boxed").split("\\boxed")[1:]
         boxes = dict.fromkeys(reward.final_answer("\\boxed" + part) for part in parts)
         answer = ", ".join(filter(None, boxes))
-    if field == "solution" and answer in (text, ""):  # of a proof
-        return "notfound"
+    if field == "solution" and answer in (text, ""):  # a proof, or a box that never ends
+        return NO_ANSWER[1]
     return re.sub(r"(?<!\\)\$", "", answer)  # OlympiadBench
 
 
@@ -577,10 +578,9 @@ def trainer_state():
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
 
 
-NOISE = {  # lines of vLLM's logs that say nothing here
-    "vllm.model_executor.model_loader.reload.layerwise": "RotaryEmbedding: Failed to load weights",
-    "vllm.engine.arg_utils": "The global random seed is set",
-}
+def silence(log: str, text: str) -> None:
+    """Drops the lines with this text from that log."""
+    logging.getLogger(log).addFilter(lambda line: text not in line.getMessage())
 
 
 class VLLMEngine:
@@ -607,8 +607,9 @@ class VLLMEngine:
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         # Seeded samples never pass through it, and building it stops some starts (vllm#49497).
         os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
-        for log, noise in NOISE.items():
-            logging.getLogger(log).addFilter(lambda line, noise=noise: noise not in line.msg)
+        reload = "vllm.model_executor.model_loader.reload.layerwise"
+        silence(reload, "RotaryEmbedding: Failed to load weights")  # at every push; it has none
+        silence("vllm.engine.arg_utils", "The global random seed is set")  # which nobody uses
         settings = dict(
             skip_tokenizer_init=True,
             # takes torchrun's LOCAL_RANK for the device; the plain one puts every rank on cuda:0
