@@ -78,6 +78,7 @@ from rollout import Group, Task, fail, flag, gather, warn
 
 HERE = Path(__file__).resolve().parent
 TOY = HERE / "toy"
+RUNS = HERE / "runs"
 warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # newer torch renames the option
 
 
@@ -378,10 +379,14 @@ def trial_and_error(run: Run, step: int) -> tuple[list[Group], list["Example"], 
     if run.pool is not None:
         for group in groups:
             add_errors(run.pool, group)  # Eqs. 7, 8
-    masks = [[torch.ones(n, dtype=torch.bool) for n in row] for row in lengths]
-    examples = make_examples(groups, advantages, masks, lengths)
+    examples = make_examples(groups, advantages, all_tokens(lengths), lengths)
     metrics = {"accuracy": rewards.mean().item(), "discarded_groups": discarded}
     return groups, examples, metrics
+
+
+def all_tokens(lengths: list[list[int]]) -> list[list[torch.Tensor]]:
+    """The masks of stage 1: every token of every response carries loss."""
+    return [[torch.ones(n, dtype=torch.bool) for n in row] for row in lengths]
 
 
 def add_errors(pool: error_pool.ErrorPool, group: Group) -> None:
@@ -873,9 +878,9 @@ class MasterAdamW:
             return
         for i, master in self.masters.items():
             grad = self.params[i].grad
-            if master.grad is None:
+            if master.grad is None and grad is not None:
                 master.grad = grad.float()
-            else:
+            elif grad is not None:  # else it is frozen
                 master.grad += grad
         for p in self.params:
             p.grad = None
@@ -886,7 +891,7 @@ class MasterAdamW:
 
         A norm that is not finite takes no step: one NaN in the weights is NaN for ever.
         """
-        grads = [master.grad for master in self.masters.values()]
+        grads = [m.grad for m in self.masters.values() if m.grad is not None]  # None: frozen
         square = torch.nn.utils.get_total_norm(grads).square()
         dist.all_reduce(square)
         norm = square.sqrt().item()
@@ -1232,9 +1237,7 @@ def set_up(config: Config, rank: int, device: torch.device, cleanup: ExitStack) 
 
     bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     dtype = torch.bfloat16 if bf16 else torch.float32
-    with one_line_if_it_fails(config.model):
-        switch_off_dropout(model)
-        freeze_unused_parameters(model, tasks[0].prompt)
+    switch_off_dropout(model)
     optimizer = MasterAdamW(
         model, dtype, weight_decay=config.weight_decay, max_norm=config.max_grad_norm
     )
@@ -1243,25 +1246,23 @@ def set_up(config: Config, rank: int, device: torch.device, cleanup: ExitStack) 
         memory_share=config.memory_share,
     )  # fmt: skip
     cleanup.callback(engine.close)
-    with one_line_if_it_fails(config.model):
-        check_log_probabilities(model, engine, tasks[0].prompt, healthy_gap(bf16))
-    cleanup.enter_context(lock_output(config, output, tasks, eval_tasks))
-
     if config.compile:
         compile_layers(model, recompute=config.gradient_checkpointing)
     elif config.gradient_checkpointing:  # only now that the engine has looked at the model's cache
         model.gradient_checkpointing_enable({"use_reentrant": False})
     options = {"temperature": config.temperature, "chunk": config.logprob_chunk,
                "vocabulary": len(tokenizer), "compile_head": config.compile}  # fmt: skip
+    policy = Policy(model, **options)
+    try_model(policy, engine, config, tasks, healthy_gap(bf16))
+    cleanup.enter_context(lock_output(config, output, tasks, eval_tasks))
+
     reference = None
     if config.beta:  # else pi_ref is not even loaded
         reference, _ = rollout.load_policy(config.model, dtype, device)
         reference = Policy(reference.requires_grad_(False), **options)
     # Buffers are not broadcast: that would be a collective in every forward pass, of which the
     # ranks make different numbers.
-    policy = DistributedDataParallel(
-        Policy(model, **options), gradient_as_bucket_view=True, broadcast_buffers=False
-    )
+    policy = DistributedDataParallel(policy, gradient_as_bucket_view=True, broadcast_buffers=False)
     pool = None
     if config.algorithm == "scrpo":
         pool = error_pool.ErrorPool(config.min_variance, config.errors_per_question)
@@ -1275,8 +1276,8 @@ def set_up(config: Config, rank: int, device: torch.device, cleanup: ExitStack) 
 def find_output(config: Config) -> Path:
     """The output folder, which need not exist; ValueError if it is not ours to write into."""
     if config.output_dir is None:
-        numbers = [int(f.name) for f in (HERE / "runs").glob("*") if f.name.isdigit()]
-        fresh = HERE / "runs" / f"{max(numbers, default=0) + 1:03d}"
+        numbers = [int(folder.name) for folder in RUNS.glob("*") if folder.name.isdigit()]
+        fresh = RUNS / f"{max(numbers, default=0) + 1:03d}"
         config.output_dir = gather([str(fresh)])[0]
     output = rollout.output_folder(config.output_dir)
     begun = (output / "metrics.jsonl").exists() or (output / "checkpoints").exists()
@@ -1322,51 +1323,48 @@ def choose_sizes(config: Config, model, tokenizer, tasks: list[Task]) -> None:
         )
     if config.micro_batch_tokens is None:
         # Activations of about 16 hidden sizes a layer [measured] may take 4 GiB [ours].
-        token_bytes = 4 * 16 * model.config.hidden_size * model.config.num_hidden_layers
+        hidden_size = model.get_input_embeddings().embedding_dim
+        token_bytes = 4 * 16 * hidden_size * getattr(model.config, "num_hidden_layers", 1)
         config.micro_batch_tokens = min(16384, 2 ** int(math.log2(2**32 / token_bytes)))
 
 
-@contextmanager
-def one_line_if_it_fails(model: str):
-    """A model's own code raises what it likes when it is first used."""
-    try:
-        yield
-    except Exception as error:
-        fault = f"--model {model} cannot be trained here: {type(error).__name__}: {error}"
-        raise ValueError(fault) from error
+def try_model(policy: Policy, engine, config: Config, tasks: list[Task], limit: float) -> None:
+    """A small step on the longest and the shortest prompt, before anything is written.
 
-
-def freeze_unused_parameters(model, prompt: list[int]) -> None:
-    """Freezes what gets no gradient, such as a router's bias: DDP would wait for it for ever."""
-    ids = torch.tensor([prompt], device=model.device)
-    logp, _ = loss.token_logprobs(model, ids, torch.ones_like(ids), first=ids.new_ones(1))
-    logp.sum().backward()
-    unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    for name in unused:
-        model.get_parameter(name).requires_grad_(False)
-    model.zero_grad()
-    if unused:
-        warn(f"{len(unused)} parameters get no gradient and are frozen: {', '.join(unused):.200}")
-
-
-def check_log_probabilities(model, engine, prompt: list[int], limit: float) -> None:
-    """ValueError unless loss.py and the model itself agree about a prompt and one sampled token.
-
-    They do not where a model scales or caps its logits (Granite, Gemma 2), or is no causal model.
+    Parameters that get no gradient, such as a router's bias, are frozen: DDP would wait for them.
+    ValueError, one line, where the model's own code fails, or engine and trainer disagree about log
+    p: such a model scales or caps its logits (Granite, Gemma 2), or is no causal model.
     """
-    no_bar = partial(tqdm, disable=True)
-    ((sample,),) = engine.generate(
-        [prompt], 1, temperature=1.0, max_new_tokens=1, seeds=[[0]], bar=no_bar
-    )
-    ids = torch.tensor([prompt + sample.token_ids], device=model.device)
-    with torch.no_grad():
-        ours, _ = loss.token_logprobs(model, ids, torch.ones_like(ids), first=ids.new_ones(1))
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
-    theirs = logits.float().log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
-    gap = (ours[0] - theirs).abs().mean().item()
+    model = policy.model
+    by_length = sorted(tasks, key=lambda task: len(task.prompt))
+    tried = [by_length[-1], by_length[0]]
+    try:
+        drawn = engine.generate(
+            [task.prompt for task in tried], 2, temperature=config.temperature,
+            max_new_tokens=min(4, config.max_new_tokens), seeds=[[0, 1], [2, 3]],
+            bar=partial(tqdm, disable=True),
+        )  # fmt: skip
+        groups = [Group(**vars(task), samples=samples) for task, samples in zip(tried, drawn)]
+        lengths = [[len(sample.token_ids) for sample in group.samples] for group in groups]
+        examples = make_examples(groups, torch.ones(2, 2), all_tokens(lengths), lengths)
+        batch = collate(examples, model.device)
+        policy.train(model.is_gradient_checkpointing)
+        logp, _ = policy(batch.ids, batch.attention, batch.first)
+        logp.sum().backward()
+    except Exception as error:  # a model's own code raises what it likes
+        fault = f"--model {config.model} cannot be trained: {type(error).__name__}: {error}"
+        raise ValueError(fault) from error
+    gap = (logp - batch.engine_logp)[batch.mask].abs().mean().item()
     if not gap < limit:
-        raise ValueError("it is no causal model, or it scales or caps its logits: its log p is "
-                         f"{gap:.2g} off what loss.py computes")  # fmt: skip
+        raise ValueError(f"--model {config.model} is no causal model, or scales or caps its logits:"
+                         f" the {engine.name} engine and loss.py differ by {gap:.2g} in log p")
+    unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    if unused:
+        names = ", ".join(unused)
+        warn(f"{len(unused)} parameters get no gradient and are frozen: {names:.200}")
+    for p in model.parameters():
+        p.requires_grad_(p.grad is not None)
+        p.grad = None
 
 
 def introduce(run: Run) -> None:
