@@ -100,7 +100,7 @@ class Problem:
 PROBLEM_FIELDS = ("problem", "question", "prompt")
 ANSWER_FIELDS = (
     "answer", "final_answer", "expected_answer", "ground_truth", "reward_model", "solution",
-)  # fmt: skip
+)
 NO_ANSWER = ("proof", "notfound")  # in NuminaMath's words
 
 
@@ -399,22 +399,18 @@ class RoomyLayer(DynamicLayer):
 
     def update(self, key_states, value_states, *args, **kwargs):
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.keys = key_states[:, :, :0].clone()
-            self.values = value_states[:, :, :0].clone()
+            return super().update(key_states, value_states)
         self.keys = append_columns(self.keys, key_states)
         self.values = append_columns(self.values, value_states)
         return self.keys, self.values
 
 
 def append_columns(used, new):
-    """[R,K,C,D] and [R,K,t,D] -> [R,K,C+t,D]: in the tensor that `used` is a part of, if it is
-    large enough, else in a new one."""
-    room = used if used._base is None else used._base
+    """[R,K,C,D] and [R,K,t,D] -> [R,K,C+t,D], a part of a tensor with room for more columns."""
     end = used.shape[2] + new.shape[2]
-    if end > room.shape[2]:
-        rows, heads, width, size = new.shape
-        room = torch.cat((used, new.new_empty(rows, heads, width + 32, size)), dim=2)
+    room = used._base  # what `used` is a part of; None if it is whole
+    if room is None or end > room.shape[2]:
+        room = torch.cat((used, F.pad(new, (0, 0, 0, 32))), dim=2)
     room[:, :, used.shape[2] : end] = new
     return room[:, :, :end]
 
@@ -523,7 +519,7 @@ class TransformersEngine:
             logits, _ = self.forward(ids[:, None], mask, cache)
 
     def prefill(self, prompts: list[tuple]):
-        """[R] prompts, of which each goes through the model once -> logits [R,V], mask [R,C], cache.
+        """The prompts [R], each of them through the model once -> logits [R,V], mask [R,C], cache.
 
         They are padded on the left, so that all rows grow by the same column.
         """
@@ -531,7 +527,7 @@ class TransformersEngine:
         distinct = list(dict.fromkeys(prompts))
         places = torch.tensor([distinct.index(prompt) for prompt in prompts], device=device)
         ids = pad_sequence([torch.tensor(prompt) for prompt in distinct], batch_first=True,
-                           padding_value=-1, padding_side="left").to(device)  # fmt: skip
+                           padding_value=-1, padding_side="left").to(device)
         mask = ids >= 0
         logits, cache = self.forward(ids.clamp(min=0), mask)
         cache.reorder_cache(places)
@@ -553,7 +549,7 @@ class TransformersEngine:
             columns = mask[:, None, None]
         try:
             out = self.model(input_ids=ids, attention_mask=columns, position_ids=position,
-                             past_key_values=cache, use_cache=True, logits_to_keep=1)  # fmt: skip
+                             past_key_values=cache, use_cache=True, logits_to_keep=1)
         finally:
             config._attn_implementation = own
         return out.logits[:, -1], out.past_key_values
@@ -601,7 +597,7 @@ class VLLMEngine:
         if self.cuda and len(self.forbidden) > 1024:  # more its GPU sampler refuses, in mid-step
             raise ValueError(f"--model {model_path}: {len(self.forbidden):,} rows of its embedding "
                              "have no token, and vLLM can forbid 1,024 ids; take a checkpoint that "
-                             "is padded less, or --rollout transformers")  # fmt: skip
+                             "is padded less, or --rollout transformers")
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # else it gets a process of its own
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -625,9 +621,9 @@ class VLLMEngine:
         if not self.cuda:  # for tests. Its sampler fails when a seeded prompt is cut into chunks
             settings |= dict(enforce_eager=True, kv_cache_memory_bytes=1 << 28,
                              enable_chunked_prefill=False,
-                             max_num_batched_tokens=max(8192, max_context))  # fmt: skip
+                             max_num_batched_tokens=max(8192, max_context))
         warn("vLLM starts, on a GPU in about two minutes; machines of different kinds that share a "
-             "home folder need a VLLM_CACHE_ROOT each", kind="note")  # fmt: skip
+             "home folder need a VLLM_CACHE_ROOT each", kind="note")
         try:
             with trainer_state():
                 from vllm import LLM, SamplingParams
@@ -655,7 +651,7 @@ class VLLMEngine:
         self.fresh = self.llm.reset_prefix_cache()
         if not self.fresh:
             raise RuntimeError("vLLM kept keys and values of the old weights, which happens if a "
-                               "generate() was broken off; go on with --resume")  # fmt: skip
+                               "generate() was broken off; go on with --resume")
 
     def sleep(self) -> None:
         """CUDA: gives its memory to the update, weights included: the next push brings them."""
@@ -677,7 +673,7 @@ class VLLMEngine:
             raise RuntimeError("generate() after sleep() needs update_weights() first")
         sampling = dict(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens,
                         stop_token_ids=self.stop, logit_bias=self.forbidden or None,
-                        logprobs=0, flat_logprobs=True, detokenize=False)  # fmt: skip
+                        logprobs=0, flat_logprobs=True, detokenize=False)
         requests = []
         parameters = []
         for prompt, row_seeds in zip(prompts, seeds, strict=True):
@@ -714,7 +710,7 @@ def load_policy(source: str, dtype, device):
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows or not tokenizer.tokenize("1+1"):
         raise ValueError(f"--model {source}: its tokenizer has {len(tokenizer)} ids, its embedding "
-                         f"{rows} rows; take the right one, or resize the other")  # fmt: skip
+                         f"{rows} rows; take the right one, or resize the other")
     return model.to(device).eval(), tokenizer
 
 
@@ -730,7 +726,7 @@ def check_context(model, max_context: int) -> None:
         positions = rope["original_max_position_embeddings"]
     if positions and max_context > positions:
         raise ValueError(f"a context of {max_context:,} tokens passes the {positions:,} positions "
-                         "of --model; lower --max_context or --max_new_tokens")  # fmt: skip
+                         "of --model; lower --max_context or --max_new_tokens")
 
 
 def make_engine(kind: str, model, tokenizer, *, max_context: int, **options):
@@ -757,7 +753,7 @@ def make_engine(kind: str, model, tokenizer, *, max_context: int, **options):
             engine = TransformersEngine(model, tokenizer, **options)
         except Exception as error:  # what a model without the library's cache raises is its own
             raise ValueError(f"--rollout transformers cannot be had for --model: {error}; try "
-                             "--rollout vllm, or another model") from error  # fmt: skip
+                             "--rollout vllm, or another model") from error
     engine.why = why
     return engine
 
@@ -796,7 +792,7 @@ def fitting(tasks: list[Task], max_new_tokens: int, max_context: int, source: st
 def sample_groups(
     engine, tokenizer, grader, tasks: list[Task], samples: range, *,
     seed: int, step=0, temperature, top_p=1.0, max_new_tokens, span: Optional[str] = None,
-) -> list[Group]:  # fmt: skip
+) -> list[Group]:
     """Samples number `samples`, a range, of each task, graded; every rank returns all, in order.
 
     span    None: the samples are answers (Eq. 1); "sections" or "prefix": corrections (Eqs. 11, 12)
@@ -813,7 +809,7 @@ def sample_groups(
         [task.prompt for task in mine], len(samples), temperature=temperature, top_p=top_p,
         max_new_tokens=max_new_tokens, seeds=[seeds_of(task) for task in mine],
         bar=partial(tqdm, unit="sample", leave=False, delay=5, disable=rank > 0),
-    )  # fmt: skip
+    )
     groups = [Group(**vars(task), samples=row) for task, row in zip(mine, drawn)]
     grade_groups(grader, tokenizer, groups, span)
     return interleave(gather([groups]))
@@ -906,7 +902,7 @@ def lock_folder(folder: Path, settings: dict, free=frozenset()):
     for name in settings.keys() & stored.keys() - free:
         if stored[name] != settings[name]:
             raise ValueError(f"{folder} was begun with {name} {stored[name]!r:.80}, "
-                             f"not {settings[name]!r:.80}; name another")  # fmt: skip
+                             f"not {settings[name]!r:.80}; name another")
     if rank == 0:
         part = file.with_suffix(".part")
         part.write_text(json.dumps(stored | settings, indent=1))
