@@ -485,9 +485,11 @@ class TransformersEngine:
                 size = max(1, min(self.max_rows, in_memory, prefilled))
                 self.decode(waiting[:size], max_new_tokens, sampling, progress)
                 waiting = waiting[size:]
-        for prompt, _, s in rows:
-            s.text = to_text(self.tokenizer, prompt, s.token_ids, s.finished)
-        return [[row.sample for row in rows[b * n : (b + 1) * n]] for b in range(len(prompts))]
+        samples = []
+        for prompt, _, sample in rows:
+            sample.text = to_text(self.tokenizer, prompt, sample.token_ids, sample.finished)
+            samples.append(sample)
+        return [samples[first : first + n] for first in range(0, len(samples), n)]
 
     def decode(self, rows: list[Row], max_new_tokens: int, sampling: dict, progress) -> None:
         """Draws the samples of these rows, a token each at a time."""
@@ -687,7 +689,7 @@ class VLLMEngine:
             finished = out.finish_reason == "stop"
             text = to_text(self.tokenizer, request["prompt_token_ids"], ids, finished)
             samples.append(Sample(ids, list(out.logprobs.logprobs), text, finished))
-        return [samples[b * n : (b + 1) * n] for b in range(len(prompts))]
+        return [samples[first : first + n] for first in range(0, len(samples), n)]
 
 
 # -------------------------------------------------------------------------------- model and engine
@@ -751,9 +753,11 @@ def make_engine(kind: str, model, tokenizer, *, max_context: int, **options):
     else:
         try:
             engine = TransformersEngine(model, tokenizer, **options)
-        except Exception as error:  # what a model without the library's cache raises is its own
-            raise ValueError(f"--rollout transformers cannot be had for --model: {error}; try "
-                             "--rollout vllm, or another model") from error
+        except ValueError:
+            raise
+        except Exception as error:  # a model without the library's cache raises what it likes
+            raise ValueError("--rollout transformers cannot be had: --model is no causal model with "
+                             f"the library's cache ({error})") from error
     engine.why = why
     return engine
 

@@ -9,7 +9,7 @@ import torch
 import yaml
 from conftest import ROOT, TOY
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rollout
 from rollout import Problem, TransformersEngine, draw, load_problems, sample_seed
@@ -76,43 +76,6 @@ def test_columns_of_the_usual_datasets(tmp_path):
     assert load_problems(str(file)) == [Problem("2+3?", "5", "here"), *halves, *dapo]
 
 
-def gold(**row) -> str:
-    """What is read as the answer of a row with these fields."""
-    return rollout.read_field(row, rollout.ANSWER_FIELDS, rollout.read_answer)
-
-
-def test_golds_under_their_usual_names_and_forms():
-    """TRL's and OpenMathReasoning's names; DAPO's reward_model, an object or its text; boxes."""
-    for name in ("expected_answer", "ground_truth"):
-        assert gold(problem="2+3?", **{name: "5"}, solution="\\boxed{9}") == "5"
-    for told in ({"ground_truth": 34, "style": "rule"}, '{"ground_truth": "34"}'):
-        assert gold(reward_model=told, solution="\\boxed{9}") == "34"
-    for text, answer in {
-        "So $x=\\boxed{2}$ or $x=\\boxed{-2}$.": "2, -2",
-        "First \\boxed{7}; again: \\boxed{7}.": "7",
-        "Half: \\fbox{\\frac{1}{2}}.": "\\frac{1}{2}",
-        "<think>\\boxed{1}</think>\\boxed{2}, \\boxed{": "2",
-        "24.\n#### 24": "24",
-    }.items():
-        assert gold(solution=text) == gold(answer=text) == answer
-
-
-def test_a_row_without_a_final_answer_is_left_out_and_told(tmp_path, capsys):
-    """NuminaMath: proofs, whose whole text would be the gold, which no answer is ever equal to."""
-    rows = [{"problem": f"{i}?", "solution": "It is \\boxed{1}."} for i in range(5)]
-    rows[1] = {"problem": "Prove it.", "solution": "Trivial, for $1 = 1$."}
-    rows[2] = {"problem": "Prove it.", "answer": "proof", "solution": "\\boxed{2}"}
-    rows[3] = {"problem": "Prove it.", "answer": "notfound"}
-    file = tmp_path / "numina.jsonl"
-    file.write_text("\n".join(map(json.dumps, rows)))
-    assert [p.source for p in load_problems(str(file))] == [f"{file}, row 0", f"{file}, row 4"]
-    told = capsys.readouterr().err
-    assert told == f"warning: {file}, row 1 has no final answer; 3 such rows are left out\n"
-    file.write_text("\n".join(map(json.dumps, rows[1:4])))
-    with pytest.raises(ValueError, match=f"^{file}: no problem with a final answer; give"):
-        load_problems(str(file))
-
-
 def test_numbers_of_a_file_stay_as_they_are_written(tmp_path):
     """Integers beyond a float's digits, beside rows that lack the field; a fault names its line."""
     file = tmp_path / "p.jsonl"
@@ -171,48 +134,6 @@ def test_marks_of_thinking_are_put_back_and_cannot_be_written(mark, special):
     assert rollout.to_text(tokenizer, prompt[:-3], ids, True) == "Hm. 2."
     written = rollout.render(tokenizer, f"1 {mark}+1?") != rollout.render(tokenizer, "1 +1?")
     assert written != special
-
-
-def tiny(kind, **config):
-    """A random model of this architecture, with the toy's ids."""
-    size = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                num_attention_heads=4, num_key_value_heads=2, pad_token_id=273, eos_token_id=272)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **size | config)).eval()
-
-
-LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64,
-        "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "factor": 16.0}
-POSITIONS = {  # of models, and what they are told to be
-    "gpt2": (64, dict(n_positions=64)),
-    "llama": (1024, dict(max_position_embeddings=1024,
-                         rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2})),
-    "phi3": (64, dict(max_position_embeddings=1024, original_max_position_embeddings=64,
-                      rope_parameters=LONG)),
-}
-
-
-@pytest.mark.parametrize("kind", POSITIONS)
-def test_a_context_beyond_a_model_s_positions_is_refused(kind, tokenizer):
-    """GPT-2 has no more. Beyond them, LongRoPE and dynamic NTK make a row depend on its batch."""
-    positions, config = POSITIONS[kind]
-    model = tiny(kind, **config)
-    rollout.make_engine("transformers", model, tokenizer, max_context=positions)
-    with pytest.raises(ValueError, match=f"^a context of .* passes the {positions:,} positions"):
-        rollout.make_engine("transformers", model, tokenizer, max_context=positions + 1)
-    if kind != "gpt2":  # it is true
-        ids = torch.randint(3, 99, (2, positions + 40))
-        mask = torch.ones_like(ids)
-        mask[0, 40:] = 0
-        beside, alone = model(ids, attention_mask=mask).logits, model(ids[:1, :40]).logits
-        assert (beside[0, :40] - alone[0]).abs().max() > 1e-5
-        mask[1, positions:] = 0
-        beside = model(ids[:, :positions], attention_mask=mask[:, :positions]).logits
-        assert (beside[0, :40] - alone[0]).abs().max() < 1e-5
-
-
-def test_a_model_without_the_library_s_cache_is_one_line(tokenizer):
-    with pytest.raises(ValueError, match="^--rollout transformers cannot be had for --model: "):
-        rollout.make_engine("transformers", tiny("mamba"), tokenizer, max_context=64)
 
 
 # ----------------------------------------------------------------------------------------- samples
