@@ -148,7 +148,7 @@ def read_rows(source: str):
         if os.path.isfile(source) or re.search(r"\.(jsonl?|csv|txt|gz)$", source):
             # Not by pandas: where a row lacks a field, it makes floats of the other rows' integers.
             text = Path(source).read_text(encoding="utf-8-sig")
-            if not text.lstrip().startswith("["):  # a row a line, and errors name the line
+            if not text.lstrip().startswith("["):  # a row a line, which an error then names
                 text = "[" + ",\n".join(filter(str.strip, text.split("\n"))) + "]"
             return json.loads(text)
         from datasets import load_dataset
@@ -608,10 +608,12 @@ class VLLMEngine:
         reload = "vllm.model_executor.model_loader.reload.layerwise"
         silence(reload, "RotaryEmbedding: Failed to load weights")  # at every push; it has none
         silence("vllm.engine.arg_utils", "The global random seed is set")  # which nobody uses
+        executor = "uni"
+        if "RANK" in os.environ:  # "uni" would put every rank on cuda:0, this one reads LOCAL_RANK
+            executor = "external_launcher"
         settings = dict(
             skip_tokenizer_init=True,
-            # takes torchrun's LOCAL_RANK for the device; the plain one puts every rank on cuda:0
-            distributed_executor_backend="external_launcher" if "RANK" in os.environ else "uni",
+            distributed_executor_backend=executor,
             dtype=str(model.dtype).removeprefix("torch."),
             max_model_len=max_context,
             max_num_batched_tokens=8192,  # what is longer is prefilled in chunks
@@ -624,8 +626,8 @@ class VLLMEngine:
             settings |= dict(enforce_eager=True, kv_cache_memory_bytes=1 << 28,
                              enable_chunked_prefill=False,
                              max_num_batched_tokens=max(8192, max_context))
-        warn("vLLM starts, on a GPU in about two minutes; machines of different kinds that share a "
-             "home folder need a VLLM_CACHE_ROOT each", kind="note")
+        warn("vLLM starts, which takes about two minutes on a GPU; machines of different kinds "
+             "with one home folder need a VLLM_CACHE_ROOT each", kind="note")
         try:
             with trainer_state():
                 from vllm import LLM, SamplingParams
@@ -679,8 +681,9 @@ class VLLMEngine:
         requests = []
         parameters = []
         for prompt, row_seeds in zip(prompts, seeds, strict=True):
-            requests += [{"prompt_token_ids": prompt}] * n
-            parameters += [self.parameters(seed=seed, **sampling) for seed in row_seeds]
+            for seed in row_seeds:
+                requests.append({"prompt_token_ids": prompt})
+                parameters.append(self.parameters(seed=seed, **sampling))
         samples = []
         outputs = self.llm.generate(requests, parameters, use_tqdm=bar)
         for request, output in zip(requests, outputs, strict=True):
@@ -756,8 +759,8 @@ def make_engine(kind: str, model, tokenizer, *, max_context: int, **options):
         except ValueError:
             raise
         except Exception as error:  # a model without the library's cache raises what it likes
-            raise ValueError("--rollout transformers cannot be had: --model is no causal model with "
-                             f"the library's cache ({error})") from error
+            raise ValueError("--rollout transformers cannot be had: --model is no causal model "
+                             f"with the library's cache ({error})") from error
     engine.why = why
     return engine
 
