@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from decimal import Decimal
 from functools import lru_cache, partial
+from inspect import signature
 from itertools import chain, count
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -440,6 +441,7 @@ class TransformersEngine:
         self.tokenizer = tokenizer
         self.max_context = max_context
         self.stop = stop_ids(model, tokenizer)
+        self.takes_positions = "position_ids" in signature(model.forward).parameters  # BART: no
         self.grouped = False
         one = torch.ones(1, 1, dtype=torch.long, device=model.device)
         with torch.no_grad():
@@ -483,6 +485,8 @@ class TransformersEngine:
                 in_memory = self.cache_tokens // (width + max_new_tokens)
                 prefilled = n * (self.prefill_tokens // width)
                 size = max(1, min(self.max_rows, in_memory, prefilled))
+                if not self.takes_positions:  # padding on the left would shift its own
+                    size = min(size, sum(len(row.prompt) == width for row in waiting))
                 self.decode(waiting[:size], max_new_tokens, sampling, progress)
                 waiting = waiting[size:]
         samples = []
@@ -884,10 +888,11 @@ def output_folder(name: str) -> Path:
     if not name.strip():
         raise ValueError("the name of the output folder is empty: is a shell variable unset?")
     folder = Path(name).expanduser()
-    if folder.exists() and not (folder / "settings.json").exists():
-        foreign = [path.name for path in folder.glob("[!.]*")]
-        if foreign:
-            raise ValueError(f"{folder} holds {min(foreign)} and no run; name a new folder")
+    settings = folder / "settings.json"
+    ours = settings.exists() and '"model"' in settings.read_text()
+    foreign = sorted(path.name for path in folder.glob("[!.]*"))  # none where there is no folder
+    if foreign and not ours:
+        raise ValueError(f"{folder} holds {foreign[0]} and no run; name a new folder")
     return folder
 
 

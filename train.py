@@ -1342,7 +1342,7 @@ def try_model(policy: Policy, engine, config: Config, tasks: list[Task], limit: 
     try:
         drawn = engine.generate(
             [task.prompt for task in tried], 2, temperature=config.temperature,
-            max_new_tokens=min(4, config.max_new_tokens), seeds=[[0, 1], [2, 3]],
+            max_new_tokens=min(16, config.max_new_tokens), seeds=[[0, 1], [2, 3]],
             bar=partial(tqdm, disable=True),
         )
         groups = [Group(**vars(task), samples=samples) for task, samples in zip(tried, drawn)]
