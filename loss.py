@@ -118,7 +118,7 @@ def step_denominator(lengths, reduction: str, max_length: int) -> float:
 def policy_loss(
     logp, old_logp, ref_logp, advantages, mask, *, clip_low: float, clip_high: float, beta: float,
     reduction: str, weights=None, denominator=None,
-):  # fmt: skip
+):
     """-J of Eq. 6 (stage 1) or Eq. 13 (stage 2): the same lines, only the mask differs.
 
     logp         log pi_theta of the sampled tokens [S,T], the only tensor with a gradient
@@ -178,7 +178,7 @@ def policy_loss(
 def token_logprobs(
     model, input_ids, attention_mask, first, temperature: float = 1.0, chunk: int = 1024,
     vocabulary=None, compile_head: bool = False,
-):  # fmt: skip
+):
     """log pi(token | all tokens before it) at the sampling temperature, and the policy's entropy.
 
     model           a Hugging Face causal language model; without autocast, unseen by backward
@@ -204,7 +204,7 @@ def token_logprobs(
     logp, entropy = ChunkedLogprobs.apply(
         hidden[:, :-1][predicts], input_ids[:, 1:][predicts], head.weight, head.bias,
         temperature, vocabulary or len(head.weight), chunk, compile_head,
-    )  # fmt: skip
+    )
     lengths = end - first
     column = torch.arange(int(lengths.max()), device=input_ids.device)
     filled = column < lengths[:, None]  # [S,T]; row by row as many tokens as `predicts` has
@@ -262,7 +262,7 @@ class ChunkedLogprobs(torch.autograd.Function):
             grad_logits, bias_part = compute(
                 grad_logp[part], log_z[part], hidden[part], targets[part], weight, bias,
                 ctx.temperature, ctx.vocabulary,
-            )  # fmt: skip
+            )
             grad_hidden[part] = grad_logits @ weight
             if weight.dtype == grad_weight.dtype:
                 grad_weight.addmm_(grad_logits.T, hidden[part])

@@ -50,7 +50,7 @@ import time
 import warnings
 import zipfile
 from collections import Counter
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -65,7 +65,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import (
     CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts,
-)  # fmt: skip
+)
 from tqdm import tqdm
 from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -78,6 +78,7 @@ from rollout import Group, Task, fail, flag, gather, warn
 
 HERE = Path(__file__).resolve().parent
 TOY = HERE / "toy"
+RUNS = HERE / "runs"
 warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # newer torch renames the option
 
 
@@ -145,7 +146,7 @@ class Config:
 AT_LEAST_ONE = (
     "questions_per_step", "max_new_tokens", "updates_per_rollout", "errors_per_question",
     "dynamic_sampling", "micro_batch_tokens", "logprob_chunk", "save_every",
-)  # fmt: skip
+)
 # What may differ when a run is resumed, because it does not change what is computed.
 FREE_TO_CHANGE = {"output_dir", "resume", "steps", "eval_every", "save_every"}
 
@@ -174,7 +175,7 @@ def usage_error(message: str):
 
 
 def read_settings(path) -> list[str]:
-    """The flags that a YAML file stands for; a setting of no value (null) is left at its default."""
+    """The flags that a YAML file stands for; a setting without a value keeps its default."""
     try:
         # BaseLoader gives every value as it is written: YAML itself would read 010 as 8.
         settings = yaml.load(Path(path).read_text(encoding="utf-8"), yaml.BaseLoader).items()
@@ -196,7 +197,7 @@ def fill_in(config: Config) -> None:
     if config.algorithm == "dapo":
         ramp = config.max_new_tokens // 5
         defaults = {"clip_high": 0.28, "reduction": "dapo", "dynamic_sampling": 4,
-                    "overlong_cache": ramp}  # fmt: skip
+                    "overlong_cache": ramp}
     for name, value in defaults.items():
         if getattr(config, name) is None:
             setattr(config, name, value)
@@ -211,14 +212,14 @@ def check(config: Config) -> None:
             raise ValueError(f"--{name} {value}: must be at least {least}")
     if c.train_data is None:
         raise ValueError(f"--train_data is missing: name the problems to train {c.model} on, "
-                         "a file or a dataset on the hub as id:config:split")  # fmt: skip
+                         "a file or a dataset on the hub as id:config:split")
     if c.temperature == 0:
         raise ValueError("--temperature 0: training samples, so it must be above 0")
     if c.resume and c.output_dir is None:
         raise ValueError("--resume continues the run in --output_dir, which is missing: name it")
     if c.questions_per_step % c.updates_per_rollout:
         raise ValueError(f"--updates_per_rollout {c.updates_per_rollout} does not divide "
-                         f"--questions_per_step {c.questions_per_step}; choose a divisor")  # fmt: skip
+                         f"--questions_per_step {c.questions_per_step}; choose a divisor")
     if c.overlong_cache > c.max_new_tokens:
         raise ValueError(f"--overlong_cache {c.overlong_cache} exceeds --max_new_tokens; lower it")
     if c.algorithm == "scrpo":
@@ -230,12 +231,13 @@ def check(config: Config) -> None:
 def check_stage_2(c: Config) -> None:
     if c.pool_trigger < c.questions_per_step:
         raise ValueError(f"--pool_trigger {c.pool_trigger} is less than --questions_per_step "
-                         f"{c.questions_per_step}: stage 2 would begin with too few errors; raise it")
+                         f"{c.questions_per_step}: stage 2 would begin with too few errors; "
+                         "raise it")
     half = c.group_size // 2  # right of G: the largest variance
     if c.min_variance > 0.25 or not error_pool.informative(half, c.group_size, c.min_variance):
         raise ValueError(f"--min_variance {c.min_variance}: the rewards of --group_size "
                          f"{c.group_size} cannot vary so much, and no question would be "
-                         "informative; lower it")  # fmt: skip
+                         "informative; lower it")
 
 
 # ================================================================================= 2. the algorithm
@@ -287,9 +289,9 @@ class Run:
         """SIGTERM or Ctrl-C: the step is finished and saved, then the run ends."""
         self.signalled = True
         self.exit_code = 130 if number == signal.SIGINT else 0
-        name = signal.Signals(number).name
-        warn(f"{name}: step {self.state.step + 1} is finished and saved first; torchrun waits for "
-             "that as long as its --shutdown-timeout says, 30 s without")  # fmt: skip
+        with suppress(RuntimeError):  # the signal may have come in the middle of another line
+            self.say(f"{signal.Signals(number).name}: waiting until step {self.state.step + 1} is "
+                     "finished and saved (torchrun: for --shutdown-timeout, 30 s by default)")
 
 
 def train(run: Run) -> None:
@@ -317,7 +319,7 @@ def train(run: Run) -> None:
         if config.train_stages in ("both", str(state.stage)):
             with measured(run.seconds, "update"):
                 metrics |= update(run.policy, run.reference, run.optimizer, config, step,
-                                  groups, examples)  # Eqs. 3 to 6, 13, 14  # fmt: skip
+                                  groups, examples)  # Eqs. 3 to 6, 13, 14
         state.step = step
         if step == config.steps or (config.eval_every and step % config.eval_every == 0):
             metrics |= evaluate_policy(run)
@@ -355,7 +357,7 @@ def switch_stage(run: Run) -> bool:
         if state.visit_loss_tokens == 0 and config.train_stages != "1":
             warn(f"visit {state.visits} to stage 2 trained on nothing: no correction had both "
                  "headers, `Analysis:` and `Corrected Solution:`, or none was right where "
-                 "another was wrong")  # fmt: skip
+                 "another was wrong")
     entered = before == 1 and state.stage == 2
     if entered:
         state.visits += 1
@@ -378,10 +380,14 @@ def trial_and_error(run: Run, step: int) -> tuple[list[Group], list["Example"], 
     if run.pool is not None:
         for group in groups:
             add_errors(run.pool, group)  # Eqs. 7, 8
-    masks = [[torch.ones(n, dtype=torch.bool) for n in row] for row in lengths]
-    examples = make_examples(groups, advantages, masks, lengths)
+    examples = make_examples(groups, advantages, all_tokens(lengths), lengths)
     metrics = {"accuracy": rewards.mean().item(), "discarded_groups": discarded}
     return groups, examples, metrics
+
+
+def all_tokens(lengths: list[list[int]]) -> list[list[torch.Tensor]]:
+    """The masks of stage 1: every token of every response carries loss."""
+    return [[torch.ones(n, dtype=torch.bool) for n in row] for row in lengths]
 
 
 def add_errors(pool: error_pool.ErrorPool, group: Group) -> None:
@@ -422,7 +428,7 @@ def self_correction(run: Run, step: int) -> tuple[list[Group], list["Example"], 
 
 
 def take_errors(run: Run) -> list[Task]:
-    """The B oldest errors of E as correction tasks; one that does not fit the context is dropped."""
+    """The B oldest errors of E as correction tasks, without those that do not fit the context."""
     config = run.config
     tasks = []
     while len(tasks) < config.questions_per_step and len(run.pool) > 0:
@@ -493,7 +499,7 @@ def draw_samples(run: Run, step: int, tasks: list[Task], span: Optional[str] = N
     groups = rollout.sample_groups(
         run.engine, run.tokenizer, run.grader, tasks, range(config.group_size), seed=config.seed,
         step=step, temperature=config.temperature, max_new_tokens=config.max_new_tokens, span=span,
-    )  # fmt: skip
+    )
     for _, sample in rollout.each_sample(groups):
         run.state.samples += 1
         run.state.tokens += len(sample.token_ids)
@@ -515,7 +521,7 @@ def evaluate_policy(run: Run) -> dict:
     right, right_se = evaluate.accuracy(answers)
     corrected, corrected_se = evaluate.accuracy(corrections)
     return {"eval_accuracy": right, "eval_accuracy_se": right_se,
-            "eval_correction": corrected, "eval_correction_se": corrected_se}  # fmt: skip
+            "eval_correction": corrected, "eval_correction_se": corrected_se}
 
 
 def draw_evaluation(run: Run, tasks: list[Task], span: Optional[str] = None) -> list[Group]:
@@ -524,7 +530,7 @@ def draw_evaluation(run: Run, tasks: list[Task], span: Optional[str] = None) -> 
     return rollout.sample_groups(
         run.engine, run.tokenizer, run.grader, tasks, range(1), seed=config.seed, span=span,
         temperature=config.temperature, max_new_tokens=config.max_new_tokens,
-    )  # fmt: skip
+    )
 
 
 def own_errors(run: Run, answers: list[Group]) -> list[Task]:
@@ -583,7 +589,7 @@ def make_examples(groups, advantages, masks, denominator_tokens) -> list[Example
                 first=len(group.prompt) + start,
                 mask=masks[b][i][start:end],
                 engine_logp=sample.logprobs[start:end],
-            ))  # fmt: skip
+            ))
     return examples
 
 
@@ -766,7 +772,7 @@ def batch_loss(policy, reference, config: Config, batch: MicroBatch, denominator
         logp, old_logp, ref_logp, batch.advantages, batch.mask, clip_low=config.clip_low,
         clip_high=config.clip_high, beta=config.beta, reduction=config.reduction, weights=weights,
         denominator=denominator,
-    )  # Eqs. 3 to 6, 13, 14  # fmt: skip
+    )  # Eqs. 3 to 6, 13, 14
     gap = (old_logp - batch.engine_logp)[batch.mask]  # log pi_old - log mu: 0 but for numerics
     stats["gap"] = gap.abs().sum()
     stats["entropy"] = entropy[batch.mask].sum()
@@ -863,7 +869,7 @@ class MasterAdamW:
         matrices = [m for m in self.masters.values() if m.dim() >= 2]
         vectors = [m for m in self.masters.values() if m.dim() < 2]
         self.adam = torch.optim.AdamW([{"params": matrices, "weight_decay": weight_decay},
-                                       {"params": vectors, "weight_decay": 0.0}])  # fmt: skip
+                                       {"params": vectors, "weight_decay": 0.0}])
 
     @torch.no_grad()
     def accumulate(self) -> None:
@@ -873,9 +879,9 @@ class MasterAdamW:
             return
         for i, master in self.masters.items():
             grad = self.params[i].grad
-            if master.grad is None:
+            if master.grad is None and grad is not None:
                 master.grad = grad.float()
-            else:
+            elif grad is not None:  # else it is frozen
                 master.grad += grad
         for p in self.params:
             p.grad = None
@@ -886,7 +892,7 @@ class MasterAdamW:
 
         A norm that is not finite takes no step: one NaN in the weights is NaN for ever.
         """
-        grads = [master.grad for master in self.masters.values()]
+        grads = [m.grad for m in self.masters.values() if m.grad is not None]  # None: frozen
         square = torch.nn.utils.get_total_norm(grads).square()
         dist.all_reduce(square)
         norm = square.sqrt().item()
@@ -978,7 +984,7 @@ def log(run: Run, metrics: dict, groups: list[Group]) -> None:
          "response": sample.text, "verdict": sample.verdict, "finished": sample.finished,
          "analysis": sample.analysis}
         for group, sample in drawn[:16]
-    ])  # fmt: skip
+    ])
 
 
 def append_lines(path: Path, rows: list[dict]) -> None:
@@ -1006,11 +1012,11 @@ def watch(run: Run, metrics: dict, groups: list[Group]) -> None:
     limit = healthy_gap(run.optimizer.bf16)
     if gap is not None and gap > limit:
         warn(f"step {state.step}: engine and trainer disagree by {gap:.3g} in log p on average, "
-             f"more than {limit}: it has stale weights, or computes something else")  # fmt: skip
+             f"more than {limit}: it has stale weights, or computes something else")
     if run.optimizer.skipped_in_a_row >= 3:
         fail(f"step {state.step}, stage {state.stage}: three gradients in a row were not finite, "
              "none was used; lower --learning_rate, look at samples.jsonl, and --resume from the "
-             "last checkpoint")  # fmt: skip
+             "last checkpoint")
     if state.stage == 2:
         state.visit_loss_tokens += metrics.get("loss_tokens", 0)
         return
@@ -1021,10 +1027,10 @@ def watch(run: Run, metrics: dict, groups: list[Group]) -> None:
     state.barren += 1
     if state.barren == 4 and finished:
         warn("four steps in a row every response was wrong; usually nothing is boxed, the problems "
-             "are too hard, or --train_data has other answers: see samples.jsonl")  # fmt: skip
+             "are too hard, or --train_data has other answers: see samples.jsonl")
     elif state.barren == 4:
         warn("four steps in a row every response was cut off; usually --max_new_tokens is low, or "
-             "the model ends no turn: see samples.jsonl")  # fmt: skip
+             "the model ends no turn: see samples.jsonl")
 
 
 def show_correction(run: Run, groups: list[Group], examples: list[Example]) -> None:
@@ -1058,7 +1064,7 @@ def summary(run: Run) -> None:
         before, after = evaluations[0], evaluations[-1]
         run.say(f"\n{'held-out problems':<28}{'before':>16}{'after':>16}")
         for key, name in (("eval_accuracy", "answered right"),
-                          ("eval_correction", "own errors corrected")):  # fmt: skip
+                          ("eval_correction", "own errors corrected")):
             run.say(f"{name:<28}{with_error(before, key):>16}{with_error(after, key):>16}")
     spent = Counter()
     for line in lines:
@@ -1097,13 +1103,13 @@ def plot(lines: list[dict], path: Path, held_out: int) -> None:
     curve(above, "correction_success", ".-", "lightgreen", "correction success (stage 2)")
     curve(above, "eval_accuracy", "o-", "tab:blue", "held-out: answered right")
     curve(above, "eval_correction", "s-", "tab:green",
-          f"held-out: own errors corrected, {errors[0]} at first, {errors[-1]} at last")  # fmt: skip
+          f"held-out: own errors corrected, {errors[0]} at first, {errors[-1]} at last")
     curve(below, "pool_size", "-", "tab:gray", "error pool")
     for line in lines:
         if line.get("stage") == 2:
             for axis in (above, below):
                 axis.axvspan(line["step"] - 0.5, line["step"] + 0.5, color="tab:green", alpha=0.12,
-                             lw=0)  # fmt: skip
+                             lw=0)
     above.set(ylim=(0, 1), ylabel="share")
     above.legend(loc="lower right", fontsize="small")
     below.set(ylabel="error pool", xlabel="step (shaded: stage 2)")
@@ -1131,7 +1137,7 @@ def save_checkpoint(run: Run) -> None:
     except (OSError, RuntimeError) as error:  # torch.save names no disk where it is full
         free = shutil.disk_usage(run.output).free / 2**30
         fail(f"{part} cannot be written ({error}): its disk has {free:.1f} GB left; free some and "
-             "--resume", code=1)  # fmt: skip
+             "--resume", code=1)
     gather([])  # until all shards are written
     if run.rank == 0:
         remove(folder)  # one that was found damaged
@@ -1197,7 +1203,7 @@ def assert_nothing_is_lost(run: Run) -> None:
     steps = [line["step"] for line in read_lines(metrics)] if metrics.exists() else []
     if (run.output / "final").exists() or max(steps, default=0) >= run.config.save_every:
         fail(f"{run.output} holds the results of a run, but no checkpoint to resume from; restore "
-             "its checkpoints/, or name another --output_dir")  # fmt: skip
+             "its checkpoints/, or name another --output_dir")
 
 
 def save_final(run: Run) -> None:
@@ -1232,36 +1238,32 @@ def set_up(config: Config, rank: int, device: torch.device, cleanup: ExitStack) 
 
     bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     dtype = torch.bfloat16 if bf16 else torch.float32
-    with one_line_if_it_fails(config.model):
-        switch_off_dropout(model)
-        freeze_unused_parameters(model, tasks[0].prompt)
+    switch_off_dropout(model)
     optimizer = MasterAdamW(
         model, dtype, weight_decay=config.weight_decay, max_norm=config.max_grad_norm
     )
     engine = rollout.make_engine(
         config.rollout, model, tokenizer, model_path=config.model, max_context=config.max_context,
         memory_share=config.memory_share,
-    )  # fmt: skip
+    )
     cleanup.callback(engine.close)
-    with one_line_if_it_fails(config.model):
-        check_log_probabilities(model, engine, tasks[0].prompt, healthy_gap(bf16))
-    cleanup.enter_context(lock_output(config, output, tasks, eval_tasks))
-
     if config.compile:
         compile_layers(model, recompute=config.gradient_checkpointing)
     elif config.gradient_checkpointing:  # only now that the engine has looked at the model's cache
         model.gradient_checkpointing_enable({"use_reentrant": False})
     options = {"temperature": config.temperature, "chunk": config.logprob_chunk,
-               "vocabulary": len(tokenizer), "compile_head": config.compile}  # fmt: skip
+               "vocabulary": len(tokenizer), "compile_head": config.compile}
+    policy = Policy(model, **options)
+    try_model(policy, engine, config, tasks, healthy_gap(bf16))
+    cleanup.enter_context(lock_output(config, output, tasks, eval_tasks))
+
     reference = None
     if config.beta:  # else pi_ref is not even loaded
         reference, _ = rollout.load_policy(config.model, dtype, device)
         reference = Policy(reference.requires_grad_(False), **options)
     # Buffers are not broadcast: that would be a collective in every forward pass, of which the
     # ranks make different numbers.
-    policy = DistributedDataParallel(
-        Policy(model, **options), gradient_as_bucket_view=True, broadcast_buffers=False
-    )
+    policy = DistributedDataParallel(policy, gradient_as_bucket_view=True, broadcast_buffers=False)
     pool = None
     if config.algorithm == "scrpo":
         pool = error_pool.ErrorPool(config.min_variance, config.errors_per_question)
@@ -1269,14 +1271,14 @@ def set_up(config: Config, rank: int, device: torch.device, cleanup: ExitStack) 
     return Run(
         config, rank, device, output, model, tokenizer, tasks, eval_tasks, optimizer, engine,
         grader, policy, reference, pool,
-    )  # fmt: skip
+    )
 
 
 def find_output(config: Config) -> Path:
     """The output folder, which need not exist; ValueError if it is not ours to write into."""
     if config.output_dir is None:
-        numbers = [int(f.name) for f in (HERE / "runs").glob("*") if f.name.isdigit()]
-        fresh = HERE / "runs" / f"{max(numbers, default=0) + 1:03d}"
+        numbers = [int(folder.name) for folder in RUNS.glob("*") if folder.name.isdigit()]
+        fresh = RUNS / f"{max(numbers, default=0) + 1:03d}"
         config.output_dir = gather([str(fresh)])[0]
     output = rollout.output_folder(config.output_dir)
     begun = (output / "metrics.jsonl").exists() or (output / "checkpoints").exists()
@@ -1286,7 +1288,7 @@ def find_output(config: Config) -> Path:
 
 
 def lock_output(config: Config, output: Path, tasks: list[Task], eval_tasks: list[Task]):
-    """Locks the folder and writes settings.json; ValueError if a run was begun there with others."""
+    """Locks the folder and writes settings.json; ValueError if its run has other settings."""
     settings = asdict(config) | {
         "ranks": dist.get_world_size(),
         # By content: what is behind a name may change, and a chat template may write the date.
@@ -1322,51 +1324,48 @@ def choose_sizes(config: Config, model, tokenizer, tasks: list[Task]) -> None:
         )
     if config.micro_batch_tokens is None:
         # Activations of about 16 hidden sizes a layer [measured] may take 4 GiB [ours].
-        token_bytes = 4 * 16 * model.config.hidden_size * model.config.num_hidden_layers
+        hidden_size = model.get_input_embeddings().embedding_dim
+        token_bytes = 4 * 16 * hidden_size * getattr(model.config, "num_hidden_layers", 1)
         config.micro_batch_tokens = min(16384, 2 ** int(math.log2(2**32 / token_bytes)))
 
 
-@contextmanager
-def one_line_if_it_fails(model: str):
-    """A model's own code raises what it likes when it is first used."""
-    try:
-        yield
-    except Exception as error:
-        fault = f"--model {model} cannot be trained here: {type(error).__name__}: {error}"
-        raise ValueError(fault) from error
+def try_model(policy: Policy, engine, config: Config, tasks: list[Task], limit: float) -> None:
+    """A small step on the longest and the shortest prompt, before anything is written.
 
-
-def freeze_unused_parameters(model, prompt: list[int]) -> None:
-    """Freezes what gets no gradient, such as a router's bias: DDP would wait for it for ever."""
-    ids = torch.tensor([prompt], device=model.device)
-    logp, _ = loss.token_logprobs(model, ids, torch.ones_like(ids), first=ids.new_ones(1))
-    logp.sum().backward()
-    unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    for name in unused:
-        model.get_parameter(name).requires_grad_(False)
-    model.zero_grad()
-    if unused:
-        warn(f"{len(unused)} parameters get no gradient and are frozen: {', '.join(unused):.200}")
-
-
-def check_log_probabilities(model, engine, prompt: list[int], limit: float) -> None:
-    """ValueError unless loss.py and the model itself agree about a prompt and one sampled token.
-
-    They do not where a model scales or caps its logits (Granite, Gemma 2), or is no causal model.
+    Parameters that get no gradient, such as a router's bias, are frozen: DDP would wait for them.
+    ValueError, one line, where the model's own code fails, or engine and trainer disagree about log
+    p: such a model scales or caps its logits (Granite, Gemma 2), or is no causal model.
     """
-    no_bar = partial(tqdm, disable=True)
-    ((sample,),) = engine.generate(
-        [prompt], 1, temperature=1.0, max_new_tokens=1, seeds=[[0]], bar=no_bar
-    )
-    ids = torch.tensor([prompt + sample.token_ids], device=model.device)
-    with torch.no_grad():
-        ours, _ = loss.token_logprobs(model, ids, torch.ones_like(ids), first=ids.new_ones(1))
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
-    theirs = logits.float().log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
-    gap = (ours[0] - theirs).abs().mean().item()
+    model = policy.model
+    by_length = sorted(tasks, key=lambda task: len(task.prompt))
+    tried = [by_length[-1], by_length[0]]
+    try:
+        drawn = engine.generate(
+            [task.prompt for task in tried], 2, temperature=config.temperature,
+            max_new_tokens=min(16, config.max_new_tokens), seeds=[[0, 1], [2, 3]],
+            bar=partial(tqdm, disable=True),
+        )
+        groups = [Group(**vars(task), samples=samples) for task, samples in zip(tried, drawn)]
+        lengths = [[len(sample.token_ids) for sample in group.samples] for group in groups]
+        examples = make_examples(groups, torch.ones(2, 2), all_tokens(lengths), lengths)
+        batch = collate(examples, model.device)
+        policy.train(model.is_gradient_checkpointing)
+        logp, _ = policy(batch.ids, batch.attention, batch.first)
+        logp.sum().backward()
+    except Exception as error:  # a model's own code raises what it likes
+        fault = f"--model {config.model} cannot be trained: {type(error).__name__}: {error}"
+        raise ValueError(fault) from error
+    gap = (logp - batch.engine_logp)[batch.mask].abs().mean().item()
     if not gap < limit:
-        raise ValueError("it is no causal model, or it scales or caps its logits: its log p is "
-                         f"{gap:.2g} off what loss.py computes")  # fmt: skip
+        raise ValueError(f"--model {config.model} is no causal model, or scales or caps its logits:"
+                         f" the {engine.name} engine and loss.py differ by {gap:.2g} in log p")
+    unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    if unused:
+        names = ", ".join(unused)
+        warn(f"{len(unused)} parameters get no gradient and are frozen: {names:.200}")
+    for p in model.parameters():
+        p.requires_grad_(p.grad is not None)
+        p.grad = None
 
 
 def introduce(run: Run) -> None:

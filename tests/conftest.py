@@ -33,7 +33,7 @@ ALONE["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
 # 400 problems, because each run renders all of them. Small steps that soon visit stage 2.
 FEW = Path(tempfile.mkdtemp(prefix="scrpo_tests_")) / "few.jsonl"
 FEW.write_text("".join((TOY / "train.jsonl").read_text().splitlines(keepends=True)[:400]))
-TINY = (f"--train_data {FEW} --questions_per_step 4 --group_size 4 --pool_trigger 4 --steps 6 "
+TINY = (f"{ROOT}/configs/toy.yaml --train_data {FEW} --questions_per_step 4 --group_size 4 --pool_trigger 4 --steps 6 "
         "--save_every 3 --eval_questions 0 --schedule constant").split()  # fmt: skip
 
 
