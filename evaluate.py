@@ -6,9 +6,8 @@
     python evaluate.py --model runs/mine/final --benchmarks aime24 own.jsonl --k 16 --self_correct
     python evaluate.py --compare runs/eval/vanilla runs/eval/mine
 
-1. Sample k answers to each question. A pass samples one or a few answers to every question, and
-   ends by writing completions/NAME.jsonl. So a run that is killed loses one pass at most, and a
-   larger k later adds only the samples that are missing.
+1. Sample k answers to each question, one or a few of every question a pass, which ends by writing
+   completions/NAME.jsonl. A kill costs one pass; a larger k later adds only the missing samples.
 2. With --self_correct, show the model each of its finished answers, right or wrong, in a correction
    prompt (Eq. 10), and write its corrections to completions/NAME.corrections.jsonl.
 3. Grade these files (Eqs. 1, 11), and write graded.csv and summary.csv. So the same command on a
@@ -51,11 +50,11 @@ AUTO = "bf16" if torch.cuda.is_available() else "fp32"
 
 @dataclass
 class EvalConfig:
-    """The accuracy of a model on benchmarks. The defaults are R1-Distill's protocol (2501.12948)."""
+    """A model's accuracy on benchmarks. The defaults are R1-Distill's protocol (2501.12948)."""
 
     model: Optional[str] = flag(None, "folder or hub id; without: the toy, on its own test")
     benchmarks: Optional[list[str]] = flag(
-        None, f"{', '.join(BENCHMARKS)}, files of problems, hub datasets; without: these five"
+        None, "aime24, amc23, olympiad, math500, gsm8k, files or hub datasets; without: those five"
     )
     k: int = flag(0, "answers to each question; 0: 64 for aime24 and amc23, 4 for others")
     temperature: float = flag(0.6, "sampling temperature; at 0 there is one greedy answer")
@@ -66,10 +65,10 @@ class EvalConfig:
     output: Optional[str] = flag(None, "folder of the results; without: runs/eval/NAME_OF_MODEL")
     compare: Optional[list[str]] = flag(None, "folders of finished evaluations, baseline first")
     rollout: Literal["auto", "vllm", "transformers"] = flag("auto", "sampling engine")
-    precision: Literal["fp32", "bf16"] = flag(AUTO, "of the weights; bf16 on a GPU (vLLM: dtype)")
+    precision: Literal["fp32", "bf16"] = flag(AUTO, "type of the weights (vLLM: dtype)")
     # Transformers' copy of the weights lies outside this share: a 7B model in bf16, 15 GB, leaves
     # vLLM at most 0.6 of a 40 GB card. With 0.55, its own copy and activations leave 5 GB of cache.
-    memory_share: float = flag(0.55, "vLLM's share of a GPU (its gpu_memory_utilization)")
+    memory_share: float = flag(0.55, "vLLM's share of each GPU (its gpu_memory_utilization)")
 
     def answers(self, name: str) -> int:
         """k of this benchmark."""
@@ -98,7 +97,7 @@ def evaluate(config: EvalConfig, rank: int, device: torch.device) -> None:
         fail(error)
     for file, asked, numbers, span in remaining():
         groups = rollout.sample_groups(
-            engine, tokenizer, None, asked, numbers, seed=config.seed, span=span,
+            engine, tokenizer, None, asked, numbers, span=span, seed=config.seed,
             temperature=config.temperature, top_p=config.top_p,
             max_new_tokens=config.max_new_tokens,
         )  # fmt: skip
@@ -116,9 +115,9 @@ def prepare(config: EvalConfig):
     """(tokenizer, {benchmark: tasks}, longest sequence, settings). Loads no model."""
     if min(config.k, config.temperature, config.max_new_tokens) < 0 or not 0 < config.top_p <= 1:
         raise ValueError("--k, --temperature, --max_new_tokens are at least 0, --top_p in (0, 1]")
+    if config.model is None and config.benchmarks:
+        raise ValueError("--model is missing: name the model to evaluate on --benchmarks")
     if config.model is None:
-        if config.benchmarks:
-            raise ValueError("--model is missing: name the model to evaluate on --benchmarks")
         config.model = str(TOY)
         config.benchmarks = [str(TOY / "test.jsonl")]
     tokenizer = AutoTokenizer.from_pretrained(config.model)
@@ -127,8 +126,8 @@ def prepare(config: EvalConfig):
     config.max_new_tokens = config.max_new_tokens or min(32768, limit // 2)
     if config.temperature == 0:
         config.k = 1
-    # A correction's prompt holds a question and a response. The question gets 2,048 tokens [ours],
-    # not what these benchmarks need: to add another later must not change which problems fit.
+    # A correction's prompt holds a question, here of 2,048 tokens [ours], and a response. It is not
+    # by the benchmarks' own questions: one benchmark more must not change which problems fit.
     max_context = min(limit, 2 * (config.max_new_tokens + 2048))
     if config.output is None:
         config.output = f"runs/eval/{Path(config.model).name}"
@@ -157,8 +156,8 @@ def remaining_passes(config: EvalConfig, tokenizer, tasks: dict[str, list[Task]]
         k = config.answers(name)
         width = 1 + PASS_SAMPLES // len(asked)  # answers to each question in a pass
         drawn = len(read(file)) // len(asked)
-        for number in range(drawn, k, width):
-            yield file, asked, range(number, min(number + width, k)), None
+        for start in range(drawn, k, width):
+            yield file, asked, range(k)[start : start + width], None
         if config.self_correct:
             answers = [row for row in read(file) if row["sample"] < k]
             todo = correction_tasks(tokenizer, answers, config.max_new_tokens, max_context)
@@ -183,10 +182,8 @@ def correction_tasks(tokenizer, answers: list[dict], max_new_tokens, max_context
 
 
 def records(groups: list[Group], numbers=range(1)) -> list[dict]:
-    """What is kept of samples number `numbers`, a row each; a correction's is its answer's number.
-
-    All of the first number, then all of the next: the order does not depend on a pass's width.
-    """
+    """What is kept of samples number `numbers`: all of the first, then all of the next, so that the
+    order does not depend on a pass's width. A correction has the number of its answer."""
     rows = []
     for i, number in enumerate(numbers):
         for group in groups:
@@ -218,8 +215,7 @@ def write(path: Path, rows: list[dict]) -> None:
 def accuracy(groups: list[Group]) -> tuple[float, float]:
     """(share right, its standard error) of graded groups, one for each question; nan for none.
 
-    The samples of a question are not independent, so their mean is one observation. It holds their
-    noise, so the standard error covers questions and samples both.
+    The samples of a question are not independent: their mean is one observation.
     """
     means = pandas.Series([np.mean(group.rewards) for group in groups], dtype=float)
     return float(means.mean()), float(means.sem())
@@ -227,8 +223,25 @@ def accuracy(groups: list[Group]) -> tuple[float, float]:
 
 def report(config: EvalConfig, names, settings: dict) -> None:
     """Grades the files up to k; writes graded.csv and the table, and prints it, in per cent."""
-    frame = graded(config, names)
-    kinds = frame.groupby(["benchmark", "kind"])
+    rows = []
+    for name in names:
+        k = config.answers(name)
+        for file in (config.file(name), config.file(f"{name}.corrections")):
+            rows += [{"benchmark": name} | row for row in read(file) if row["sample"] < k]
+    frame = pandas.DataFrame(rows)
+    texts = frame.solution.fillna(frame.response)
+    with reward.Grader(os.cpu_count()) as grader:  # Eqs. 1, 11
+        frame["verdict"] = grader.verdicts(list(texts), list(frame.gold), list(frame.problem))
+    frame["right"] = frame.verdict == "right"
+    # An answer's row comes before that of its correction. Right corrections of wrong answers are
+    # repairs; what is missing to 100 % right among the corrections of right ones was spoiled.
+    answer_right = frame.groupby(["benchmark", "question", "sample"]).right.transform("first")
+    frame["kind"] = np.where(answer_right, "corrections of right", "corrections of wrong")
+    frame.loc[frame.solution.isna(), "kind"] = "answers"
+    kept = frame.drop(columns=["response", "solution"])
+    kept.to_csv(Path(config.output, "graded.csv"), index=False)
+    frame["ungradable"] = frame.verdict == "ungradable"
+    samples = frame.groupby(["benchmark", "kind"])
     questions = frame.groupby(["benchmark", "kind", "question"]).right.agg(["mean", "any"])
     means = questions.groupby(["benchmark", "kind"])  # each question counts the same
     table = pandas.DataFrame({
@@ -236,46 +249,17 @@ def report(config: EvalConfig, names, settings: dict) -> None:
         "SE": 100 * means["mean"].sem(),  # as in `accuracy`
         # Of k drawn, Chen et al.'s unbiased estimator (2107.03374) is: any right?
         "pass@k": 100 * means["any"].mean(),
-        "tokens": kinds.tokens.mean(),
-        "cut off": 100 * kinds.cut_off.mean(),
-        "ungradable": 100 * kinds.ungradable.mean(),
+        "tokens": samples.tokens.mean(),
+        "cut off": 100 - 100 * samples.finished.mean(),
+        "ungradable": 100 * samples.ungradable.mean(),
         "questions": means.size(),
-        "samples": kinds.size(),
+        "samples": samples.size(),
     })  # fmt: skip
-    frame.to_csv(Path(config.output, "graded.csv"), index=False)
     table.to_csv(Path(config.output, "summary.csv"))
     print(table.to_string(float_format="%.1f"))
     for name, value in settings.items():
-        print(f"{name}: {value}".replace("\n", "\\n"))
+        print(f"{name}: {value!r}")
     print(f"{config.output} has all of it")
-
-
-def graded(config: EvalConfig, names) -> pandas.DataFrame:
-    """A row for each row of the files up to k: where it is from, and what it was found to be.
-
-    kind    answers; corrections of wrong ones, where right means repaired; corrections of right
-            ones, where all but the right are spoiled
-    """
-    rows = []
-    for name in names:
-        for file in (config.file(name), config.file(f"{name}.corrections")):
-            for row in read(file):
-                if row["sample"] < config.answers(name):
-                    rows.append({"benchmark": name} | row)
-    frame = pandas.DataFrame(rows)
-    response = frame.pop("response")
-    solution = frame.pop("solution")
-    texts = solution.fillna(response).tolist()
-    with reward.Grader(os.cpu_count()) as grader:  # Eqs. 1, 11
-        verdict = np.array(grader.verdicts(texts, frame.gold.tolist(), frame.problem.tolist()))
-    frame["right"] = verdict == "right"
-    frame["ungradable"] = verdict == "ungradable"
-    frame["cut_off"] = ~frame.pop("finished")
-    # An answer's row comes before the row of its correction.
-    answer_right = frame.groupby(["benchmark", "question", "sample"]).right.transform("first")
-    frame["kind"] = np.where(answer_right, "corrections of right", "corrections of wrong")
-    frame.loc[solution.isna(), "kind"] = "answers"
-    return frame
 
 
 def compare(folders: list[str]) -> None:
@@ -287,20 +271,24 @@ def compare(folders: list[str]) -> None:
             fail(f"--compare: there is no {file}; evaluate that model first")
         frame = pandas.read_csv(file, keep_default_na=False).query("kind == 'answers'")
         right[folder] = 100 * frame.groupby(["benchmark", "problem"]).right.mean()
-    right = pandas.DataFrame(right).dropna()
-    if right.empty:
+    common = pandas.DataFrame(right).dropna()
+    if common.empty:
         fail("--compare: there is no problem that all of them answered")
     rng = np.random.default_rng(0)
-    for name, shares in right.groupby("benchmark"):
+    for name, shares in common.groupby("benchmark"):
         count = len(shares)
         paired = shares.sub(shares[folders[0]], axis=0)
         # A bootstrap resample is how often it has each problem.
         resamples = rng.multinomial(count, np.full(count, 1 / count), size=10_000)
-        low, high = np.quantile(resamples @ paired.to_numpy() / count, (0.025, 0.975), axis=0)
-        table = {"right (%)": shares.mean(), "difference": paired.mean(), "from": low, "to": high}
-        print(f"{name}: {count} problems; differences to the baseline {folders[0]}, with 95 % "
-              "bootstrap intervals over problems")  # fmt: skip
-        print(pandas.DataFrame(table).to_string(float_format="%.1f"))
+        means = resamples @ paired / count
+        table = pandas.DataFrame({
+            "right (%)": shares.mean(),
+            "difference": paired.mean(),
+            "from": means.quantile(0.025),
+            "to": means.quantile(0.975),
+        })  # fmt: skip
+        print(f"{name}, {count} problems: difference to the baseline {folders[0]}, 95 % bootstrap")
+        print(table.to_string(float_format="%.1f"))
 
 
 def main(arguments=None) -> None:

@@ -138,6 +138,7 @@ def test_only_what_is_missing_is_drawn_and_all_graded_again(baseline, run, tmp_p
     assert err.count("warning: beta: 1 of 5 do not fit") == 1
     assert summary(tmp_path)["alpha", "answers"]["avg@k"] == 100
     assert re.search(r"^alpha +answers +100\.0 +0\.0 +100\.0 ", out, re.M)
+    assert "\ntemperature: 1.0\n" in out and "{" not in out.replace("boxed{}", "")  # no JSON
 
 
 def test_another_run_in_its_folder_is_refused_by_name(baseline, run, tmp_path, monkeypatch):
@@ -164,6 +165,11 @@ def test_another_run_in_its_folder_is_refused_by_name(baseline, run, tmp_path, m
     (toy / "model.safetensors").write_bytes(weights[:-1] + b"!")
     refused("weights", *own)
     assert before == (completions(one), (one / "graded.csv").read_bytes())
+    write(tmp_path / "thesis" / "chapter.jsonl", [])
+    for name, fault in (("", "is empty"), (tmp_path / "thesis", "holds chapter.jsonl and no run")):
+        code, _, err = run(*flags, "--output", name)
+        assert code == 2 and fault in one_error(err)
+    assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter.jsonl"]
 
 
 def group(question, rewards, samples=None, corrects=None, problem="1+1"):
@@ -240,7 +246,7 @@ def test_compare_is_paired(run, tmp_path):
     b = finished(tmp_path / "b", [*(weak + 1), 4], order=-1)  # 1/4 better; other order; one more
     code, out, _ = run("--compare", a, b, c)
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines()}
-    assert code == 0 and f"own: 50 problems; differences to the baseline {a}," in out
+    assert code == 0 and f"own, 50 problems: difference to the baseline {a}," in out
     assert rows[str(a)][1:] == ["0.0"] * 3 and rows[str(b)][1:] == ["25.0"] * 3
     difference, low, high = map(float, rows[str(c)][1:])
     spread = 100 * (mixed - weak).std() / 4 / np.sqrt(50)
@@ -259,9 +265,10 @@ BAD_INPUT = {
     "--k -1": "--k",
     "--top_p 1.5": "--top_p",
     "--compare a b": "a/graded.csv",
-    "--benchmarks {good} {good}": "rename the file",
+    "--benchmarks {good}": "--model is missing",
+    "--model {toy} --benchmarks {good} {good}": "rename the file",
     "--model no/such/model": "no/such/model",
-    "--max_new_tokens 2048 --benchmarks {good}": "no prompt fits",
+    "--max_new_tokens 2048": "no prompt fits",
 }
 
 
@@ -270,6 +277,6 @@ def test_bad_input_is_one_line_and_nothing_is_written(flags, run, tmp_path, monk
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     good = tmp_path / "good.jsonl"
     write(good, [{"problem": "1+1", "answer": "2"}])
-    code, _, err = run(*flags.format(good=good).split(), "--output", tmp_path / "out")
+    code, _, err = run(*flags.format(good=good, toy=TOY).split(), "--output", tmp_path / "out")
     assert code == 2 and BAD_INPUT[flags] in one_error(err)
     assert not (tmp_path / "out").exists()
