@@ -39,7 +39,7 @@ import torch.distributed as dist
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_utils import AttentionInterface
 from transformers.utils.logging import disable_progress_bar
@@ -922,8 +922,16 @@ def lock_folder(folder: Path, settings: dict, free=frozenset()):
     return lock
 
 
-def weights_digest(source: str):
-    return "temporary"
+def weights_digest(source: str) -> list[str] | str | None:
+    """What changes with a model's weights: digests of its folder's files, or its hub commit."""
+    if not os.path.isdir(source):
+        return getattr(AutoConfig.from_pretrained(source), "_commit_hash", None)
+    digests = []
+    for pattern in ("*.safetensors", "*.bin", "*.json"):
+        for path in sorted(Path(source).glob(pattern)):
+            with open(path, "rb") as file:
+                digests.append(hashlib.file_digest(file, "sha256").hexdigest()[:12])
+    return digests
 
 
 def start_distributed() -> tuple[int, int, torch.device]:
