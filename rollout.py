@@ -570,14 +570,12 @@ def trainer_state():
     """Puts back what importing and building vLLM changes for the trainer, in the same process."""
     set_num_threads = torch.set_num_threads  # vLLM's CPU build makes it do nothing
     threads = torch.get_num_threads()
-    precision = torch.get_float32_matmul_precision()
     cudnn = torch.backends.cuda.cudnn_sdp_enabled()  # the fastest attention on Hopper
     try:
         yield
     finally:
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision(precision)
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
 
 
