@@ -289,14 +289,11 @@ def needed_context(longest_prompt: int, template: int, max_new_tokens: int, limi
     return min(limit, longest_prompt + template + 2 * max_new_tokens)
 
 
-def to_text(tokenizer, prompt: list[int], token_ids: list[int], finished=False) -> str:
-    """What a response says, without the id that ends it if it is `finished`.
+def to_text(tokenizer, prompt: list[int], token_ids: list[int]) -> str:
+    """What a response says; R1-Distill's template ends the prompt with `<think>`: it is put back.
 
-    R1-Distill's template ends the prompt with `<think>`: it is put back. Special tokens are not
-    skipped: where the marks of thinking are special, graders would miss them.
+    Not `skip_special_tokens`: where the marks of thinking are special, graders would miss them.
     """
-    if finished:
-        token_ids = token_ids[:-1]
     silent = (tokenizer.eos_token_id, tokenizer.pad_token_id)
     text = tokenizer.decode([token for token in token_ids if token not in silent])
     end_of_prompt = tokenizer.decode(prompt[-20:]).rstrip()  # longer than any mark in bytes
@@ -304,6 +301,14 @@ def to_text(tokenizer, prompt: list[int], token_ids: list[int], finished=False) 
         if end_of_prompt.endswith(mark):
             text = f"{mark}\n{text}"
     return text
+
+
+def fill_text(tokenizer, prompt: list[int], sample: Sample) -> None:
+    """The text of what an engine drew, without the id that ended it."""
+    said = sample.token_ids
+    if sample.finished:
+        said = said[:-1]
+    sample.text = to_text(tokenizer, prompt, said)
 
 
 def stop_ids(model, tokenizer) -> set[int]:
@@ -491,7 +496,7 @@ class TransformersEngine:
                 waiting = waiting[size:]
         samples = []
         for prompt, _, sample in rows:
-            sample.text = to_text(self.tokenizer, prompt, sample.token_ids, sample.finished)
+            fill_text(self.tokenizer, prompt, sample)
             samples.append(sample)
         return [samples[first : first + n] for first in range(0, len(samples), n)]
 
@@ -569,14 +574,12 @@ def trainer_state():
     """Puts back what importing and building vLLM changes for the trainer, in the same process."""
     set_num_threads = torch.set_num_threads  # vLLM's CPU build makes it do nothing
     threads = torch.get_num_threads()
-    precision = torch.get_float32_matmul_precision()
     cudnn = torch.backends.cuda.cudnn_sdp_enabled()  # the fastest attention on Hopper
     try:
         yield
     finally:
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision(precision)
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
 
 
@@ -692,10 +695,10 @@ class VLLMEngine:
         outputs = self.llm.generate(requests, parameters, use_tqdm=bar)
         for request, output in zip(requests, outputs, strict=True):
             (out,) = output.outputs
-            ids = list(out.token_ids)
             finished = out.finish_reason == "stop"
-            text = to_text(self.tokenizer, request["prompt_token_ids"], ids, finished)
-            samples.append(Sample(ids, list(out.logprobs.logprobs), text, finished))
+            sample = Sample(list(out.token_ids), list(out.logprobs.logprobs), "", finished)
+            fill_text(self.tokenizer, request["prompt_token_ids"], sample)
+            samples.append(sample)
         return [samples[first : first + n] for first in range(0, len(samples), n)]
 
 
