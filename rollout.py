@@ -1,8 +1,8 @@
 """Problems -> prompts -> samples -> graded groups, on all ranks together, by one of two engines.
 
 1. Task b is the work of rank b mod world. Every rank returns all groups, in the order of the tasks.
-2. A sample is a function of the weights and of its place (run seed, step, question, sample), so
-   neither ranks nor batches change it.
+2. A sample is a function of the weights and of its place (run seed, step, question, sample). Ranks
+   and batches change nothing but the rounding of logits.
 3. The trainer gets the sampled ids themselves (decoding and encoding again would not return them)
    and log mu of each, under the distribution that it was drawn from.
 
@@ -29,7 +29,7 @@ from functools import lru_cache, partial
 from inspect import signature
 from itertools import chain, count
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple, NoReturn, Optional
 
 PARENT = os.getppid()  # torchrun, if it started us; noted before the slow imports that follow
 
@@ -47,7 +47,7 @@ from transformers.utils.logging import disable_progress_bar
 import error_pool
 import reward
 
-# -------------------------------------------------------------------------------------- what is drawn
+# -------------------------------------------------------------------------- tasks, samples, groups
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Task:
     problem: str
     answer: str  # the gold final answer
     prompt: list[int]
-    question: int  # its place among the step's questions; in an evaluation its number in the file
+    question: int  # its number in the step, or in an evaluation's file: it decides the seeds
     corrects: Optional[int] = None  # in an evaluation: the sample that this asks to correct
 
 
@@ -67,10 +67,10 @@ class Sample:
 
     token_ids: list[int]  # as sampled; the end-of-turn id is the last one iff `finished`
     logprobs: list[float]  # log mu of each, at the sampling temperature
-    text: str  # without what ends it; begins with `<think>` if the prompt ended with it
+    text: str  # without the end-of-turn token; begins with `<think>` if the prompt ended with it
     finished: bool  # False: cut off at max_new_tokens
     verdict: str = ""  # "right", "wrong" or "ungradable"
-    reward: float = 0.0  # R of Eq. 1, R' of Eq. 11; a fork may give any number from 0 to 1
+    reward: float = 0.0  # R, Eq. 1, or R', Eq. 11; in a fork any number from 0 to 1 (1: right)
     analysis: Optional[tuple[int, int]] = None  # of a correction: (start, end) in token_ids
     solution: Optional[str] = None  # of a correction: what is graded; "" if not well-formed
 
@@ -807,8 +807,9 @@ def sample_groups(
     engine, tokenizer, grader, tasks: list[Task], samples: range, *,
     seed: int, step=0, temperature, top_p=1.0, max_new_tokens, span: Optional[str] = None,
 ) -> list[Group]:
-    """Samples number `samples`, a range, of each task, graded; every rank returns all, in order.
+    """Draws and grades samples of each task; every rank returns all groups, in the tasks' order.
 
+    samples which ones: a range of their numbers, which decide their seeds
     span    None: the samples are answers (Eq. 1); "sections" or "prefix": corrections (Eqs. 11, 12)
     step    of training, 0 in an evaluation; with the run's `seed` it decides all randomness
     grader  None: the samples get no verdicts
@@ -867,7 +868,8 @@ def grade_groups(grader, tokenizer, groups: list[Group], span: Optional[str]) ->
 def find_sections(sample: Sample, tokenizer, span: str) -> None:
     """Notes a correction's analysis and solution; without both sections it is wrong (Eq. 11)."""
     sample.solution = ""
-    if not reward.after_thinking(sample.text):  # thinking that never ends holds no correction
+    # The ids lack the `<think>` of the prompt, so only the text shows thinking that never ends.
+    if not reward.after_thinking(sample.text):
         return
     correction = reward.find_correction(sample.token_ids, tokenizer, span)
     if correction is not None:
@@ -972,7 +974,7 @@ def start_distributed() -> tuple[int, int, torch.device]:
 
 
 def end_with_torchrun() -> None:
-    """Asks Linux to end this process when torchrun dies: it would hold its GPU to the run's end.
+    """Asks Linux to end this process when torchrun dies; else it would keep its GPU until the end.
 
     Only under torchrun: a plain `nohup python train.py &` must survive its shell.
     """
@@ -1000,7 +1002,7 @@ def warn(message, kind: str = "warning") -> None:
         tqdm.write(f"{kind}: {line}", file=sys.stderr)
 
 
-def fail(message, code: int = 2) -> None:
+def fail(message, code: int = 2) -> NoReturn:
     """One line from rank 0, then exit code 2 on all ranks.
 
     torchrun ends all ranks with the first that ends. So the others wait until rank 0 has spoken,
