@@ -958,6 +958,8 @@ def start_distributed() -> tuple[int, int, torch.device]:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
+    elif torch.version.cuda:
+        warn("torch is built for CUDA and sees no GPU, so the CPU computes; is the driver too old?")
     if "RANK" in os.environ:
         store, _, _ = next(dist.rendezvous("env://"))
         # torchrun's store outlives the process group, so each start gets keys of its own.
