@@ -199,6 +199,7 @@ def records(groups: list[Group], numbers=range(1)) -> list[dict]:
 
 
 def read(path: Path) -> list[dict]:
+    """The rows of a file of JSON lines; none if the file is not there."""
     if not path.exists():
         return []
     return [json.loads(line) for line in open(path)]
