@@ -1321,8 +1321,7 @@ def choose_sizes(config: Config, model, tokenizer, tasks: list[Task]) -> None:
     if config.max_context is None:
         longest = max(len(task.prompt) for task in tasks)
         template = len(rollout.render(tokenizer, error_pool.correction_prompt("", "")))
-        limit = getattr(model.config, "max_position_embeddings", None)
-        limit = limit or tokenizer.model_max_length
+        limit = rollout.context_limit(model.config, tokenizer)
         config.max_context = rollout.needed_context(
             longest, template, config.max_new_tokens, limit
         )
