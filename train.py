@@ -837,6 +837,7 @@ def compile_layers(model, recompute: bool) -> None:
             return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE
 
+    rollout.silence("torch._higher_order_ops.wrap", "context_fn")  # it is meant
     contexts = partial(create_selective_checkpoint_contexts, choose)
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
@@ -997,7 +998,8 @@ def append_lines(path: Path, rows: list[dict]) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU what torch allocated, else of this process."""
+    """Bytes that torch allocated on the GPU, a sleeping vLLM's included (vllm#17117), or that this
+    process took."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
