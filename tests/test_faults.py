@@ -401,13 +401,11 @@ def test_a_step_of_40_seconds_is_finished(torchrun, tmp_path):
     wait_for(flag.exists, 300, job)
     job.terminate()
     sent = time.time()
-    for line in job.stderr:
-        if "SIGTERM: " in line and "is finished and saved first" in line:
-            break
+    assert any("SIGTERM" in line and "is finished and saved first" in line for line in job.stderr)
     assert time.time() - sent < 10
     out, _ = job.communicate(timeout=300)
     stopped = re.search(r"stopped by a signal after step (\d)", out)
-    assert time.time() - sent > 30 and stopped
+    assert time.time() - sent > 30
     assert (tmp_path / "run" / "checkpoints" / f"step_00000{stopped[1]}" / "rank_1.pt").exists()
 
 
