@@ -289,9 +289,9 @@ class Run:
         """SIGTERM or Ctrl-C: the step is finished and saved, then the run ends."""
         self.signalled = True
         self.exit_code = 130 if number == signal.SIGINT else 0
-        with suppress(RuntimeError):  # the signal may have come in the middle of another line
-            self.say(f"{signal.Signals(number).name}: waiting until step {self.state.step + 1} is "
-                     "finished and saved (torchrun: for --shutdown-timeout, 30 s by default)")
+        with suppress(RuntimeError):  # it may have come in the middle of another line
+            warn(f"{signal.Signals(number).name}: the current step is finished and saved first; "
+                 "torchrun leaves it the time of --shutdown-timeout, 30 s by default")
 
 
 def train(run: Run) -> None:
