@@ -401,7 +401,7 @@ def test_a_step_of_40_seconds_is_finished(torchrun, tmp_path):
     wait_for(flag.exists, 300, job)
     job.terminate()
     sent = time.time()
-    assert any("SIGTERM" in line and "is finished and saved first" in line for line in job.stderr)
+    assert any("is finished and saved first" in line for line in job.stderr)
     assert time.time() - sent < 10
     out, _ = job.communicate(timeout=300)
     stopped = re.search(r"stopped by a signal after step (\d)", out)
@@ -411,8 +411,9 @@ def test_a_step_of_40_seconds_is_finished(torchrun, tmp_path):
 
 def test_launch_lines_leave_a_step_its_time():
     """Those for real models: in README and at the top of the settings files."""
-    texts = [(ROOT / "README.md").read_text(), *(f.read_text() for f in ROOT.glob("configs/*.yaml"))]
-    lines = re.findall(r"torchrun (.* train\.py configs/[\w.]+\.yaml)", "\n".join(texts))
+    files = [ROOT / "README.md", *ROOT.glob("configs/*.yaml")]
+    texts = "\n".join(file.read_text() for file in files)
+    lines = re.findall(r"torchrun (.* train\.py configs/[\w.]+\.yaml)", texts)
     lines = [line for line in lines if "toy.yaml" not in line]
     assert len(lines) >= 6
     for line in lines:

@@ -129,7 +129,10 @@ def test_a_model_trains_on_its_own_log_probabilities(kind, run, tmp_path):
         assert "frozen" in line and first in line and not any(first in name for name in moved)
 
 
-COIN = "train.reward.Grader.verdicts = lambda _, a, *__: ['right', 'wrong'] * (len(a) // 2)"
+COIN = """
+import reward
+reward.Grader.verdicts = lambda _, texts, *__: ["right", "wrong"] * (len(texts) // 2)
+"""
 
 
 def test_two_ranks_do_not_wait_for_a_parameter_without_gradient(ranks, tmp_path):
@@ -171,7 +174,7 @@ REFUSED = {  # what is given as --model, and what the one line has
     "a mask of its own": (lambda m: tiny(m, "doge"), "--model"),
     "no hidden states": (lambda m: tiny(m, "llama4_text", num_local_experts=4), "--model"),
     "a cache of its own": (lambda m: tiny(m, "cpmant", dim_head=8, dim_ff=48), "--model"),
-    "a cache with a window": (lambda m: tiny(m, "moshi", sliding_window=16, ffn_dim=48), "log p"),
+    "a window": (lambda m: tiny(m, "moshi", sliding_window=16, ffn_dim=48), "log p"),
     "an adapter": (lambda m: write(tiny(m) / "adapter_config.json"), "is an adapter: merge it"),
     "a layer without weights": (lambda m: lose_a_layer(tiny(m)), "no weights for ['model.layers.1"),
     "no tokenizer": (lambda m: [file.unlink() for file in tiny(m).glob("tokenizer*")], "tokenizer"),
