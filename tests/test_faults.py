@@ -394,7 +394,7 @@ def test_workers_end_with_a_killed_torchrun(torchrun, ranks, done, tmp_path):
 
 @pytest.mark.slow
 def test_a_step_of_40_seconds_is_finished(torchrun, tmp_path):
-    """torchrun kills after 30 s, if --shutdown-timeout says nothing else, as all launch lines do."""
+    """torchrun kills after 30 s, if --shutdown-timeout says nothing else."""
     flag, nodes = tmp_path / "sampling", "--standalone --nproc_per_node=2 --shutdown-timeout=600"
     breaks = f"{HOLD}stand_still({MOMENTS['sampling']}, {str(flag)!r})".replace("600", "40")
     job = torchrun(tmp_path / "run", *FLAGS, 12, nodes=nodes, breaks=breaks)

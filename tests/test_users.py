@@ -187,7 +187,7 @@ REFUSED = {  # what is given as --model, and what the one line has
     "a raise": (templated("{{ raise_exception('system first') }}"), "turn of user: system first"),
     "no assistant": (templated("{{ messages[-1].content + {'user': ''}[messages[-1].role] }}"),
                      "fails on a turn of assistant"),
-    "no further positions": (lambda m: tiny(m, "gpt2", max_position_embeddings=128), "128 positions"),
+    "no positions": (lambda m: tiny(m, "gpt2", max_position_embeddings=128), "128 positions"),
     # Beyond it, log p of a row depends on the longest row of its batch (transformers#33129).
     "LongRoPE": (lambda m: tiny(m, "phi3", original_max_position_embeddings=64, rope_parameters={
         "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4,
