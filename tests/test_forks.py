@@ -1,6 +1,7 @@
 """The patches in forks/: each applies to this very code, is small, and does what it says.
 And what README's table "to change, cut here" names takes effect where it is replaced."""
 
+import copy
 import json
 import re
 import shutil
@@ -18,29 +19,40 @@ import reward
 import rollout
 
 PATCHES = list((ROOT / "forks").glob("*.patch"))
-QUIET = ["--eval_questions", "0", "--schedule", "constant"]
-SMALL = [*QUIET, "--questions_per_step", "8", "--pool_trigger", "8", "--steps", "6"]
-DEFAULT = [*QUIET, "--steps", "16"]  # the toy's own sizes, but fewer steps
+FLAGS = ("--questions_per_step 8 --pool_trigger 8 --steps 6 --eval_questions 0 --schedule constant "
+         "--train_data").split()
 
 
 @dataclass
 class Trained:
-    """What a run gave to each update, wrote into metrics.jsonl, and drew."""
+    """What a run gave to each update, wrote into metrics.jsonl, and drew, by step."""
 
+    config: object
     updates: list[dict] = field(default_factory=list)
     metrics: list[dict] = field(default_factory=list)
-    draws: list[dict] = field(default_factory=list)
+    answers: dict[int, list] = field(default_factory=dict)  # the groups of stage 1, as drawn
+    accuracy: dict[int, float] = field(default_factory=dict)  # of these, before anything else
 
     def stage(self, update: dict) -> int:
         return self.metrics[update["step"] - 1]["stage"]
 
-    def drawn_accuracy(self, step: int) -> float:
-        """Of the answers to this step's questions, as they came from the policy."""
-        return next(draw["accuracy"] for draw in self.draws
-                    if draw["step"] == step and draw["span"] is None)
+    def log_mu(self, step: int) -> list[list[float]]:
+        """Of the answers that were drawn in this step: it tells one sample from another."""
+        return [sample.logprobs for _, sample in rollout.each_sample(self.answers[step])]
+
+    def replaced(self) -> list[tuple[int, dict]]:
+        """(step, example) where stage 1 trained on what it had not drawn in this step."""
+        found = []
+        for update in self.updates:
+            if self.stage(update) == 1:
+                drawn = self.log_mu(update["step"])
+                found += [(update["step"], e) for e in update["examples"]
+                          if e["log_mu"] not in drawn]
+        return found
 
 
 def load_fork(folder, patch):
+    """train.py with this patch, as a module of its own."""
     shutil.copy(ROOT / "train.py", folder)
     for name in ("toy", "configs"):
         (folder / name).symlink_to(ROOT / name)
@@ -56,42 +68,39 @@ def load_fork(folder, patch):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """trained(patch or None, default) -> Trained; with `default` the toy's own sizes."""
+    """trained(patch or None, questions) -> Trained."""
     grader = Patient(workers=1, deadline=PATIENCE)
     lines = (TOY / "train.jsonl").read_text().splitlines(keepends=True)
 
     @cache
-    def train(patch, default=False):
+    def train(patch, questions):
         folder = tmp_path_factory.mktemp("fork")
         fork = load_fork(folder, patch)
-        seen = Trained()
+        seen = Trained(config=fork.parse([]))
         update = fork.update
         sample_groups = rollout.sample_groups
 
         def recorded_update(policy, reference, optimizer, config, step, groups, examples):
             rows = []
             for e in examples:
-                rows.append({"group": e.group, "advantage": e.advantage,
-                             "tokens": int(e.mask.sum()), "counted": e.denominator_tokens,
-                             "drawn": (e.ids, e.engine_logp)})
+                rows.append({"group": e.group, "advantage": e.advantage, "log_mu": e.engine_logp,
+                             "tokens": int(e.mask.sum()), "counted": e.denominator_tokens})
             seen.updates.append({"step": step, "reduction": config.reduction, "examples": rows})
             return update(policy, reference, optimizer, config, step, groups, examples)
 
         def recorded_samples(*arguments, step, span, **options):
             groups = sample_groups(*arguments, step=step, span=span, **options)
-            accuracy = np.mean([group.rewards for group in groups]) if groups else None
-            seen.draws.append({"step": step, "span": span, "accuracy": accuracy})
+            if span is None and step not in seen.answers:
+                seen.answers[step] = copy.deepcopy(groups)
+                seen.accuracy[step] = np.mean([group.rewards for group in groups])
             return groups
 
-        flags = DEFAULT
-        if not default:
-            (folder / "few.jsonl").write_text("".join(lines[:400]))
-            flags = [*SMALL, "--train_data", f"{folder}/few.jsonl"]
+        (folder / "few.jsonl").write_text("".join(lines[:questions]))
         with pytest.MonkeyPatch.context() as replaced:
             replaced.setattr(fork, "update", recorded_update)
             replaced.setattr(rollout, "sample_groups", recorded_samples)
             replaced.setattr(reward, "Grader", lambda: grader)
-            fork.main([*flags, "--output_dir", f"{folder}/out"])
+            fork.main([*FLAGS, f"{folder}/few.jsonl", "--output_dir", f"{folder}/out"])
         rows = (folder / "out/metrics.jsonl").read_text().splitlines()[1:]
         seen.metrics = [json.loads(row) for row in rows]
         return seen
@@ -137,62 +146,62 @@ def reflect_retry_reward(run):
 
 
 def success_replay(run):
-    """Right responses that were drawn with other weights return, in stage 1 of a default run."""
-    seen = []
-    replayed = []
-    for update in run.updates:
-        again = [e for e in update["examples"] if e["drawn"] in seen]
-        if again and run.stage(update) == 2:
-            return False
-        replayed += again
-        seen += [e["drawn"] for e in update["examples"]]
-    return replayed and all(e["advantage"] > 0 for e in replayed if e["advantage"])
+    """Right responses of earlier steps return in stage 1. In the default run questions do: at
+    least every other of its steps is stage 1, for a visit to stage 2 is one step."""
+    earlier = True
+    for step, example in run.replaced():
+        before = [log_mu for s in run.answers if s < step for log_mu in run.log_mu(s)]
+        earlier &= example["log_mu"] in before and example["advantage"] >= 0
+    config = run.config
+    assert config.pool_trigger == config.questions_per_step  # so a visit is one step
+    asked = config.steps // 2 * config.questions_per_step
+    returns = getattr(config, "train_questions", 6000) <= asked // 2
+    return run.replaced() and earlier and returns
 
 
 def refinements_in_group(run):
-    """No stage 2; corrections are drawn, and some stand in the groups as right responses."""
-    more = run.metrics[-1]["samples"] > 64 * len(run.metrics)
+    """No stage 2; in each step corrections are drawn, and some stand in a group, as right ones."""
+    steps = {step for step, _ in run.replaced()}
+    right = all(example["advantage"] >= 0 for _, example in run.replaced())
     full = all(len(update["examples"]) == 64 for update in run.updates)
-    for update in run.updates:
-        positive = sum(e["advantage"] > 0 for e in update["examples"])
-        replaced = positive > 64 * run.drawn_accuracy(update["step"])
-        more &= replaced
-    return more and full and {m["stage"] for m in run.metrics} == {1}
+    more = run.metrics[-1]["samples"] > 64 * len(run.metrics)
+    return (more and full and right and steps == {m["step"] for m in run.metrics}
+            and {m["stage"] for m in run.metrics} == {1})
 
 
-CLAIMS = (dr_grpo, joint_training, reflect_retry_reward, success_replay, refinements_in_group)
-NAMES = [claim.__name__ for claim in CLAIMS]
-
-
-def at_default(name):
-    return name == "success_replay"  # it claims something about the default run
+CLAIMS = {  # and how many questions it needs
+    "dr_grpo": (dr_grpo, 400),
+    "joint_training": (joint_training, 400),
+    "reflect_retry_reward": (reflect_retry_reward, 400),
+    "success_replay": (success_replay, 8),
+    "refinements_in_group": (refinements_in_group, 400),
+}
 
 
 def test_every_patch_has_a_claim_and_changes_at_most_40_lines_of_two_files():
-    assert sorted(patch.stem for patch in PATCHES) == sorted(NAMES)
+    assert {patch.stem for patch in PATCHES} == CLAIMS.keys()
     for patch in PATCHES:
         text = patch.read_text(encoding="utf-8")
         assert len(re.findall(r"^[+-](?![+-]{2} )", text, re.M)) <= 40, patch
         assert len(re.findall(r"^\+\+\+ ", text, re.M)) <= 2, patch
 
 
-@pytest.mark.parametrize("claim", CLAIMS, ids=NAMES)
-def test_a_fork_does_what_it_says_and_the_original_does_not(claim, trained):
-    default = at_default(claim.__name__)
-    assert claim(trained(claim.__name__, default))
-    assert not claim(trained(None, default))
+@pytest.mark.parametrize("name", CLAIMS)
+def test_a_fork_does_what_it_says_and_the_original_does_not(name, trained):
+    claim, questions = CLAIMS[name]
+    assert claim(trained(name, questions))
+    assert not claim(trained(None, questions))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CLAIMS)
 def test_a_forks_accuracy_is_that_of_what_the_policy_itself_drew(name, trained):
     """In step 1 the untouched policy's, then its own: never that of a group made better."""
-    run = trained(name, at_default(name))
-    original = trained(None, at_default(name))
-    assert run.metrics[0]["accuracy"] == original.metrics[0]["accuracy"]
+    run = trained(name, CLAIMS[name][1])
+    original = trained(None, CLAIMS[name][1])
+    assert run.metrics[0]["accuracy"] == pytest.approx(original.accuracy[1], abs=1e-6)
     for metrics in run.metrics:
         if metrics["stage"] == 1:
-            drawn = run.drawn_accuracy(metrics["step"])
-            assert metrics["accuracy"] == pytest.approx(drawn, abs=1e-6)
-            share = metrics["right"] / (metrics["right"] + metrics["wrong"])
-            if metrics["correction_success"] is None:
-                assert share == pytest.approx(drawn, abs=1e-6)
+            drawn = pytest.approx(run.accuracy[metrics["step"]], abs=1e-6)
+            assert metrics["accuracy"] == drawn
+            if metrics["correction_success"] is None:  # else corrections are counted with them
+                assert metrics["right"] / 64 == drawn
