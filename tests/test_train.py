@@ -484,6 +484,16 @@ def test_randomness_is_of_the_place_alone(standard):
 # ---------------------------------------------------------------------------- the parts of the loop
 
 
+def test_only_what_is_known_to_be_wrong_enters_the_pool():
+    """Not what could not be graded, nor what was cut off; a fork's partial reward is no full one."""
+    rows = [("a", 1.0, "right", True), ("b", 0.0, "ungradable", True), ("c", 0.0, "wrong", False),
+            ("d", 0.0, "wrong", True), ("e", 0.5, "wrong", True)]  # fmt: skip
+    samples = [Sample([1], [-1.0], text, done, verdict, value) for text, value, verdict, done in rows]
+    pool = ErrorPool(min_variance=0.1, errors_per_question=9)
+    train.add_errors(pool, rollout.Group("q", "1", [7], 0, samples=samples))
+    assert [error.response for error in pool.errors] == ["d", "e"]
+
+
 def test_a_stage_that_teaches_nothing_moves_nothing(launch, tmp_path, monkeypatch):
     """Corrections are cut off at 64 tokens, so m = 0. Adam's momentum must not move the weights
     either: a run that trains both stages is one that trains the first, and of the second none."""
