@@ -2,6 +2,7 @@
 And what README's table "to change, cut here" names takes effect where it is replaced."""
 
 import copy
+import importlib
 import json
 import re
 import shutil
@@ -15,9 +16,11 @@ import numpy as np
 import pytest
 from conftest import PATIENCE, ROOT, TOY, Patient
 
+import error_pool
 import reward
 import rollout
 
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 PATCHES = list((ROOT / "forks").glob("*.patch"))
 FLAGS = ("--questions_per_step 8 --pool_trigger 8 --steps 6 --eval_questions 0 --schedule constant "
          "--train_data").split()
@@ -176,6 +179,54 @@ CLAIMS = {  # and how many questions it needs
     "success_replay": (success_replay, 8),
     "refinements_in_group": (refinements_in_group, 400),
 }
+
+
+def cut_here() -> list[tuple[str, str]]:
+    """What README says to replace, as (module, name)."""
+    table = README.partition("| cut here |")[2].partition("\n\n")[0]
+    return re.findall(r"`(\w+)\.py:([\w.]+)`", table)
+
+
+def test_what_readme_says_to_replace_takes_effect(launch, tmp_path, monkeypatch):
+    """Each is called where it was replaced; a reward and stages of one's own are what is used."""
+    called = set()
+    names = cut_here()
+    for module, name in names:
+        owner = importlib.import_module(module)
+        *classes, attribute = name.split(".")
+        for part in classes:
+            owner = getattr(owner, part)
+
+        def recorded(*arguments, original=getattr(owner, attribute), name=name, **options):
+            called.add(name)
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(owner, attribute, recorded)
+    grade_groups = rollout.grade_groups
+    next_stage = error_pool.next_stage
+    stages = []
+
+    def generous(grader, tokenizer, groups, span):
+        grade_groups(grader, tokenizer, groups, span)
+        for _, sample in rollout.each_sample(groups):
+            if span is None and sample.verdict == "wrong":
+                sample.reward = 0.25
+
+    def in_turn(stage, pool_size, trigger, batch):
+        next_stage(stage, pool_size, trigger, batch)
+        stages.append(1 + len(stages) % 2)
+        return stages[-1]
+
+    monkeypatch.setattr(rollout, "grade_groups", generous)
+    monkeypatch.setattr(error_pool, "next_stage", in_turn)
+    steps = launch(tmp_path / "run").steps
+    assert {"informative", "next_stage", "correction_prompt", "policy_loss", "analysis_mask",
+            "group_advantages", "find_correction", "grade_groups"} <= {name for _, name in names}
+    assert called == {name for _, name in names}
+    assert [line["stage"] for line in steps] == stages
+    for line in steps[::2]:
+        share = (line["right"] + 0.25 * line["wrong"]) / 16
+        assert line["accuracy"] == pytest.approx(share)
 
 
 def test_every_patch_has_a_claim_and_changes_at_most_40_lines_of_two_files():
