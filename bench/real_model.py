@@ -14,10 +14,9 @@ stage would learn anything. Hence, each in --work, and skipped where its result 
    second half they are the model's own, where it has one.
 2. Table before RL: has it the form, is there room to learn, can it correct? If not, change
    --largest_number. Of its wrong answers 256 are fixed errors, which every policy corrects.
-3. Runs: each trains by train.py until it has asked --questions, and is measured; ScRPO also when it
-   has drawn as many samples as GRPO does in all, which a constant rate allows. With --minutes all
-   runs stop after the same step and are measured there; without it, the same command continues
-   them. A run that fails stops no other.
+3. Runs: each trains by train.py until it has asked --questions, and is measured, also where it has
+   drawn as many samples as GRPO does in all, which a constant rate allows. With --minutes all runs
+   stop after the same step and are measured there; without it, the same command continues them.
 4. Report: report.md. Intervals are Student's over paired seeds. Those over problems
    do not hold the spread of seeds, so they say nothing of methods.
 
@@ -28,7 +27,7 @@ share one card only with small micro-batches: 4,096 tokens took 8.8 GiB in fp32 
 """
 
 import argparse
-import json
+import math
 import operator
 import os
 import random
@@ -56,10 +55,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import error_pool  # noqa: E402
-import reward  # noqa: E402
-import rollout  # noqa: E402
-import train  # noqa: E402
+import error_pool, evaluate, reward, rollout, train  # noqa: E402, E401
 
 _, NAMES, THINGS, *TEMPLATES = (ROOT / "bench/word_problems.txt").read_text().strip().split("\n\n")
 SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
@@ -68,8 +64,13 @@ BATCH = 8  # demonstrations an update
 GROUP = 8  # samples a question, in training
 K = 4  # answers to a held-out problem, and corrections of a fixed error
 FIXED_ERRORS = 256
-MEASURES = ("solved", "fixed errors corrected", "own errors corrected", "right answers spoiled")
-SOLVED, FIXED, OWN, SPOILED = MEASURES
+SOLVED = "solved"
+FIXED = "fixed errors corrected"
+OWN = "own errors corrected"
+SPOILED = "right answers spoiled"
+FORMED = "both headers, own errors"
+BOXED = "boxed"
+WANTED = {SOLVED: "0.25 to 0.65", FIXED: "above 0.2", FORMED: "above 0.9", BOXED: "above 0.95"}
 METHODS = {
     "grpo": "--algorithm grpo",
     # As many questions as the others, and about as many samples as ScRPO with its corrections.
@@ -206,11 +207,11 @@ def warm_start(args, first: list, second: list) -> None:
     rows = demonstrations(first, [make_mistake(story, rng) for story in first[:asked]])
     losses = {}
     for rate in args.warm_rates:
-        of_updates = supervise(args.model, rows, args.work / f"half-{rate}", float(rate))
+        of_updates = supervise(args, args.model, rows, args.work / f"half-{rate}", float(rate))
         # Each demonstration is seen once, so its loss is that of one not trained on.
         losses[rate] = float(np.mean(of_updates[-max(1, len(of_updates) // 10) :]))
     best = min(losses, key=losses.get)
-    write_whole(args.work / "warm_rate.json", json.dumps({"chosen": best, "losses": losses}))
+    evaluate.write(args.work / "warm_rate.json", [{"chosen": best, "losses": losses}])
     with sampler(args, args.work / f"half-{best}") as (draw, tokenizer):
         tasks = rollout.load_tasks(tokenizer, str(args.work / "second.jsonl"))
         answers = [group.samples[0] for group in draw(tasks[:asked], range(1))]
@@ -218,17 +219,16 @@ def warm_start(args, first: list, second: list) -> None:
     for story, own in zip(second, answers):
         wrong.append(own.text if is_error(own) else make_mistake(story, rng))
     rows = demonstrations(second, wrong)
-    supervise(args.work / f"half-{best}", rows, args.work / "warm", float(best) / 2, 0.0)
+    supervise(args, args.work / f"half-{best}", rows, args.work / "warm", float(best) / 2, 0.0)
 
 
-def supervise(source, rows: list[tuple], folder: Path, rate: float, last_share=0.5) -> list[float]:
+def supervise(args, source, rows: list[tuple], folder: Path, rate: float, last_share=0.5) -> list:
     """A plain loop over the demonstrations, once each, with the loss on responses only. The rate
     falls to `last_share` of itself. Returns the loss of each update."""
-    log = folder.with_suffix(".json")
+    log = folder.with_name(f"{folder.name}.json")
     if folder.exists():
-        return json.loads(log.read_text())
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = rollout.load_policy(str(source), torch.float32, device)
+        return evaluate.read(log)[0]
+    model, tokenizer = rollout.load_policy(str(source), torch.float32, args.device)
     pairs = []
     for user, response in rows:
         prompt = rollout.render(tokenizer, user)
@@ -241,8 +241,8 @@ def supervise(source, rows: list[tuple], folder: Path, rate: float, last_share=0
     losses = []
     for batch in tqdm(batches, desc=folder.name, unit="update"):
         ids, labels = zip(*batch)
-        ids = pad_sequence(ids, batch_first=True).to(device)  # on the right: in no token's past
-        labels = pad_sequence(labels, batch_first=True, padding_value=-100).to(device)
+        ids = pad_sequence(ids, batch_first=True).to(model.device)  # on the right: in no token's past
+        labels = pad_sequence(labels, batch_first=True, padding_value=-100).to(model.device)
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -251,22 +251,12 @@ def supervise(source, rows: list[tuple], folder: Path, rate: float, last_share=0
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    write_whole(log, json.dumps(losses))
-    model.save_pretrained(folder.with_suffix(".part"))
-    tokenizer.save_pretrained(folder.with_suffix(".part"))
-    folder.with_suffix(".part").rename(folder)
+    evaluate.write(log, [losses])
+    part = folder.with_name(f"{folder.name}.part")
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    part.rename(folder)
     return losses
-
-
-def write_whole(path: Path, text: str) -> None:
-    """The file is there wholly or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text)
-    part.replace(path)
-
-
-def write_rows(path: Path, rows: list[dict]) -> None:
-    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 # ================================================================================= measurement
@@ -275,13 +265,12 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 @contextmanager
 def sampler(args, folder: Path):
     """(draw, tokenizer) of a checkpoint."""
-    _, _, device = rollout.start_distributed()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # as train.py computes
-    model, tokenizer = rollout.load_policy(str(folder), dtype, device)
+    bf16 = args.device.type == "cuda"  # as train.py computes
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    model, tokenizer = rollout.load_policy(str(folder), dtype, args.device)
     engine = rollout.make_engine("transformers", model, tokenizer, max_context=2048)
     with reward.Grader() as grader:
         yield drawing(args, engine, tokenizer, grader), tokenizer
-    dist.destroy_process_group()
 
 
 def drawing(args, engine, tokenizer, grader):
@@ -307,15 +296,15 @@ def measure(args, draw, tokenizer) -> dict:
             texts = [sample.text for sample in group.samples if is_error(sample)]
             errors += [{"problem": group.problem, "answer": group.answer, "response": text,
                         "question": group.question} for text in texts[:1]]
-        write_rows(file, errors[:FIXED_ERRORS])
+        evaluate.write(file, errors[:FIXED_ERRORS])
     first = [group.samples[0] for group in answers]
     tasks = [correction(group.problem, group.answer, sample.text, group.question)
              for group, sample in zip(answers, first) if sample.finished]
     own = {group.question: group.samples[0] for group in draw(tasks, range(1), span="sections")}
-    tasks = [correction(**row) for row in train.read_lines(file)]
+    tasks = [correction(**row) for row in evaluate.read(file)]
     fixed = draw(tasks, range(K), span="sections")
     return {
-        "boxed": float(np.mean([reward.final_answer(sample.text) is not None for sample in first])),
+        "boxed": [int(reward.final_answer(sample.text) is not None) for sample in first],  # [J]
         "right": [list(map(int, group.rewards)) for group in answers],  # [J,K]
         "error": [int(is_error(sample)) for sample in first],  # [J]
         # Of the first answer's correction; what was cut off has none [J].
@@ -347,11 +336,10 @@ class Run:
 
     def result(self) -> dict:
         """What was measured; `complete` unless --minutes stopped it."""
-        return json.loads(self.file.read_text()) if self.file.exists() else {"complete": False}
+        return (evaluate.read(self.file) or [{"complete": False, "states": {}, "curve": []}])[0]
 
     def curve(self) -> list[dict]:
-        file = self.folder / "metrics.jsonl"
-        return train.read_lines(file) if file.exists() else []
+        return evaluate.read(self.folder / "metrics.jsonl")
 
 
 def chosen_runs(args, rates: list[str]) -> list[Run]:
@@ -365,8 +353,6 @@ def one_run(args, one: Run) -> None:
     write_line = train.log
 
     def at_end(line: dict) -> bool:
-        if one.method == "stage2":  # its questions teach nothing, so they are no budget
-            return line["samples"] >= equal_samples
         return line["questions"] >= args.questions
 
     def measured(run) -> dict:
@@ -377,19 +363,18 @@ def one_run(args, one: Run) -> None:
 
     def log(run, metrics, groups) -> None:
         write_line(run, metrics, groups)
-        stop = args.work / "stop_after"
-        stopped = stop.exists() and run.state.step >= int(stop.read_text())
-        if stopped or at_end(vars(run.state)):
+        stops = evaluate.read(args.work / "stop_after.json")
+        if at_end(vars(run.state)) or run.state.step >= min(stops, default=math.inf):
             run.config.steps = run.state.step  # the loop takes this step for its last one
-        elif one.method == "scrpo" and run.state.samples >= equal_samples and not early.exists():
-            write_whole(early, json.dumps(measured(run)))
+        elif run.state.samples >= equal_samples and not early.exists():
+            evaluate.write(early, [measured(run)])
 
     def finish(run) -> None:
         result = {"states": {one.method: measured(run)}, "curve": one.curve()}
-        if early.exists():
-            result["states"]["scrpo, samples"] = json.loads(early.read_text())
+        for state in evaluate.read(early):
+            result["states"][f"{one.method}, samples"] = state
         result["complete"] = at_end(result["curve"][-1])
-        write_whole(one.file, json.dumps(result))
+        evaluate.write(one.file, [result])
 
     train.log = log
     train.summary = finish
@@ -406,9 +391,10 @@ def one_run(args, one: Run) -> None:
     ])
 
 
-def run_all(args) -> list[str]:
+def run_all(args, deadline: float) -> list[str]:
     """Trains and measures what is not complete, --jobs at a time. Returns the logs of failures."""
-    stop = args.work / "stop_after"
+    (args.work / "runs").mkdir(exist_ok=True)
+    stop = args.work / "stop_after.json"
     stop.unlink(missing_ok=True)
     threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs))}
 
@@ -426,11 +412,11 @@ def run_all(args) -> list[str]:
     pool = ThreadPoolExecutor(args.jobs)  # of threads that wait for a process each
     jobs = {pool.submit(process, one): one for one in missing}
     try:
-        _, late = wait(jobs, timeout=max(0.0, args.deadline - time.monotonic()))
+        _, late = wait(jobs, timeout=max(0.0, deadline - time.monotonic()))
         running = [jobs[job] for job in late if not job.cancel()]
         if running:  # all stop after the step in which the fastest one is
             reached = [line["step"] for one in running for line in one.curve()]
-            write_whole(stop, str(max(reached, default=0) + 1))
+            evaluate.write(stop, [max(reached, default=0) + 1])
         wait(jobs)
     finally:
         pool.shutdown(cancel_futures=True)
@@ -449,60 +435,40 @@ def counts(state: dict) -> dict:
     right = np.array(state["right"])  # [J,K]
     error = np.array(state["error"])  # [J]
     corrected = np.array(state["corrected"])  # [J]
-    fixed = np.array(list(state["fixed"].values())).reshape(len(state["fixed"]), -1)  # [F,K]
+    fixed = np.array([np.mean(row) for row in state["fixed"].values()])  # [F]
     first = right[:, 0]
     return {
         SOLVED: (right.mean(axis=1), np.ones(len(right))),
-        FIXED: (fixed.mean(axis=1), np.ones(len(fixed))),
+        FIXED: (fixed, np.ones(len(fixed))),
         OWN: (error * corrected, error),
         SPOILED: (first * (1 - corrected), first),
+        FORMED: (error * state["formed"], error),
+        BOXED: (np.array(state["boxed"]), np.ones(len(right))),
     }
 
 
-def shares(state: dict) -> dict:
-    return {name: some.sum() / max(1, of.sum()) for name, (some, of) in counts(state).items()}
-
-
-def table_before(state: dict) -> pandas.DataFrame:
-    share = shares(state)
-    error = np.array(state["error"])
-    headers = (error * state["formed"]).sum() / max(1, error.sum())
-    pool = []
-    for question, corrections in state["fixed"].items():
-        answers = state["right"][int(question)]
-        if error_pool.informative(sum(answers), len(answers), 0.15):
-            pool += corrections
-    table = {
-        "boxed": (state["boxed"], "at least 0.95"),
-        SOLVED: (share[SOLVED], "0.25 to 0.65"),
-        "both headers, own errors": (headers, "at least 0.9"),
-        OWN: (share[OWN], "at least 0.2"),
-        FIXED: (share[FIXED], ""),
-        "... of informative questions": (sum(pool) / max(1, len(pool)), "at least 0.35"),
-        SPOILED: (share[SPOILED], ""),
-    }
-    return pandas.DataFrame(table, index=["before RL, T = 1", "must be"]).T
+def share(state: dict, name: str) -> float:
+    some, of = counts(state)[name]
+    return some.sum() / max(1, of.sum())
 
 
 def level(states: list[dict]) -> dict:
     """What a policy of these seeds does, on average."""
-    cells = {"seeds": len(states), "samples": states[0]["samples"],
-             "questions": states[0]["questions"]}
-    for name in MEASURES:
-        each = [shares(state)[name] for state in states]
-        cells[name] = f"{np.mean(each):.3f}"
-        if len(each) > 1:
-            cells[name] += f" (sd {np.std(each, ddof=1):.3f})"
+    cells = {name: states[0][name] for name in ("samples", "questions")} | {"seeds": len(states)}
+    for name in counts(states[0]):
+        each = [share(state, name) for state in states]
+        spread = f" (sd {np.std(each, ddof=1):.3f})" if len(each) > 1 else ""
+        cells[name] = f"{np.mean(each):.3f}{spread}"
     return cells
 
 
 def difference(ours: dict[int, dict], theirs: dict[int, dict]) -> pandas.DataFrame:
     """Rows of measures: the mean over paired seeds, with both intervals of 95 %."""
     rows = {}
-    for name in MEASURES:
+    for name in (SOLVED, FIXED, OWN, SPOILED):
         of_seeds, of_problems = [], []
         for seed in sorted(ours.keys() & theirs.keys()):
-            of_seeds.append(shares(ours[seed])[name] - shares(theirs[seed])[name])
+            of_seeds.append(share(ours[seed], name) - share(theirs[seed], name))
             of_problems.append(counts(ours[seed])[name][0] - counts(theirs[seed])[name][0])
         rows[name] = {"difference": f"{np.mean(of_seeds):+.3f}", "seeds": len(of_seeds),
                       "95 % over seeds": student(of_seeds), "over problems": "-"}
@@ -521,39 +487,39 @@ def student(values) -> str:
 
 def report(args) -> None:
     """Writes and prints report.md from the results that are there."""
-    file = args.work / "before.json"
-    if not file.exists():
-        sys.exit(f"error: there is no {file}: `table` makes it, or name another --work")
-    before = json.loads(file.read_text())
-    levels = {"before": level([before])}
+    before = evaluate.read(args.work / "before.json")
+    if not before:
+        sys.exit(f"error: {args.work} has no before.json: `table` makes it, or name another --work")
+    levels = {"wanted": WANTED, "before": level(before)}
     differences, curves = {}, {}
     for rate in args.rates:
-        arms = {}
+        arms = {}  # {name: {seed: state}}
         for one in chosen_runs(args, [rate]):
             result = one.result()
-            for arm, state in result.get("states", {}).items():
+            for arm, state in result["states"].items():
                 arms.setdefault(arm, {})[one.seed] = state
-            for line in result.get("curve", []):
+            for line in result["curve"]:
                 if line.get("eval_accuracy") is not None:
-                    key = (f"{one.method}, {rate}", line["step"])
-                    curves.setdefault(key, []).append(line["eval_accuracy"])
+                    row = curves.setdefault(f"{one.method}, {rate}", {})
+                    row.setdefault(line["step"], []).append(line["eval_accuracy"])
         for arm, states in arms.items():
             levels[f"{arm}, {rate}"] = level(list(states.values()))
-            baselines = {"before": dict.fromkeys(states, before)} | arms
-            for other in ("before", "grpo", "grpo10"):
-                later = other in baselines and arm not in ("grpo", other)
-                if other == "before" or (later and states.keys() & baselines[other].keys()):
+            others = {"before": dict.fromkeys(states, before[0])}
+            if arm != "grpo":
+                others |= {name: arms[name] for name in ("grpo", "grpo10") if name in arms}
+            for other in others.keys() - {arm}:
+                if states.keys() & others[other].keys():
                     name = f"{arm} - {other}, {rate}"
-                    differences[name] = difference(states, baselines[other])
-    tables = [table_before(before), pandas.DataFrame(levels).T]
+                    differences[name] = difference(states, others[other])
+    tables = [pandas.DataFrame(levels).fillna("")]
     if differences:
         tables.append(pandas.concat(differences))
     if curves:
-        held_out = {name: np.mean(accuracies) for name, accuracies in curves.items()}
-        tables.append(pandas.Series(held_out).unstack().rename_axis(columns="solved after step"))
-    parts = [table.to_string(float_format="{:.3f}".format) for table in tables]
+        means = pandas.DataFrame(curves).map(np.mean, na_action="ignore")
+        tables.append(means.rename_axis("solved after step"))
+    parts = [table.to_string(float_format="{:.3f}".format, na_rep="") for table in tables]
     text = "\n\n".join(f"```\n{part}\n```" for part in parts) + f"\n\n{SELECTION}\n"
-    write_whole(args.work / "report.md", text)
+    (args.work / "report.md").write_text(text)
     print(text)
 
 
@@ -562,31 +528,17 @@ def report(args) -> None:
 
 def prepare(args) -> None:
     """Problems, the warm start, and what it can do."""
-    (args.work / "runs").mkdir(exist_ok=True)
     half = args.demonstrations // 2
     sizes = {"held_out": args.held_out, "training": args.training, "first": half, "second": half}
     sets = make_stories(args.seed, sizes, args.largest_number)
     for name, stories in sets.items():
         rows = [{"problem": story.problem, "answer": story.answer} for story in stories]
-        write_rows(args.work / f"{name}.jsonl", rows)
+        evaluate.write(args.work / f"{name}.jsonl", rows)
     warm_start(args, sets["first"], sets["second"])
     with sampler(args, args.work / "warm") as (draw, tokenizer):
         state = {"samples": 0, "questions": 0} | measure(args, draw, tokenizer)
-    write_whole(args.work / "before.json", json.dumps(state))
+    evaluate.write(args.work / "before.json", [state])
     torch.cuda.empty_cache()  # the runs are other processes
-
-
-def settle(args) -> None:
-    """Writes settings.json; refuses a folder that was begun with others."""
-    args.work.mkdir(parents=True, exist_ok=True)
-    file = args.work / "settings.json"
-    settings = {name: vars(args)[name] for name in SETTINGS}
-    stored = json.loads(file.read_text()) if file.exists() else settings
-    for name, value in settings.items():
-        if stored.get(name) != value:
-            sys.exit(f"error: {args.work} was begun with --{name} {stored.get(name)}, not {value}: "
-                     "name another --work")
-    write_whole(file, json.dumps(settings))
 
 
 def main(arguments=None) -> None:
@@ -613,18 +565,24 @@ def main(arguments=None) -> None:
     flag("--jobs", type=int, default=1, help="runs at the same time; they share the CPU's threads")
     flag("--minutes", type=float, default=10_000.0, help="from now on until all runs stop")
     args = parser.parse_args(arguments)
-    args.deadline = started + 60 * args.minutes
     if args.part == "one":
-        vars(args).update(json.loads((args.work / "settings.json").read_text()))
+        vars(args).update(evaluate.read(args.work / "settings.json")[0])
         one_run(args, *chosen_runs(args, args.rates))
         return
     failed = []
     if args.part != "report":
-        settle(args)
+        _, _, args.device = rollout.start_distributed()
+        try:
+            settings = {name: vars(args)[name] for name in SETTINGS}
+            lock = rollout.lock_folder(rollout.output_folder(str(args.work)), settings)
+        except ValueError as error:
+            rollout.fail(error)
         if not (args.work / "before.json").exists():
             prepare(args)
-    if args.part == "runs":
-        failed = run_all(args)
+        if args.part == "runs":
+            failed = run_all(args, started + 60 * args.minutes)
+        lock.close()
+        dist.destroy_process_group()
     report(args)
     if failed:
         sys.exit(f"error: {len(failed)} runs failed, as {', '.join(failed)} say; the same command "
