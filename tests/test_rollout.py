@@ -3,6 +3,7 @@
 import io
 import json
 
+import numpy
 import pytest
 import torch
 import yaml
@@ -61,7 +62,7 @@ DAPO = (
 
 def test_columns_of_the_usual_datasets(tmp_path):
     """MATH-500 has a solution beside the answer, MATH the solution alone; DAPO repeats itself."""
-    boxed = "\\boxed{1}, so \\boxed{\\frac{1}{2}}."
+    boxed = "It is \\fbox{\\frac{1}{2}}, so \\boxed{ \\frac{1}{2} }."
     chat, file = [{"role": "user", "content": DAPO}], tmp_path / "p.jsonl"
     rows = [
         {"problem": "2+3?", "answer": "5", "solution": boxed, "source": "here"},
@@ -73,6 +74,18 @@ def test_columns_of_the_usual_datasets(tmp_path):
     halves = [Problem("1/2?", "\\frac{1}{2}", f"{file}, row {i}") for i in (1, 2)]
     dapo = [Problem("What is\n\n2+3?", "5", f"{file}, row {i}") for i in (3, 4)]
     assert load_problems(str(file)) == [Problem("2+3?", "5", "here"), *halves, *dapo]
+
+
+def test_numbers_of_a_file_stay_as_they_are_written(tmp_path):
+    """Integers beyond a float's digits, beside rows that lack the field; a fault names its line."""
+    file = tmp_path / "p.jsonl"
+    large = [9007199254740993, 123456789012345678901234567890]
+    rows = [{"problem": "?", "answer": n} for n in large] + [{"problem": "?", "solution": "#### 1"}]
+    file.write_text("\n\n".join(map(json.dumps, rows)))
+    assert [p.answer for p in load_problems(str(file))] == [*map(str, large), "1"]
+    file.write_text('{"problem": "1?", "answer": 1}\n{"problem": "2?", "answer":}\n')
+    with pytest.raises(ValueError, match=f"^{file}: .* line 2 column"):
+        load_problems(str(file))
 
 
 def test_a_dataset_through_the_datasets_library(tmp_path):
@@ -103,6 +116,26 @@ def test_a_micro_batch_of_the_settings_files_holds_the_longest_sequence():
     assert rollout.fits([1] * 30, 70, 100) and not rollout.fits([1] * 31, 70, 100)
 
 
+MARKS = ["<think>", "[THINK]", "<seed:think>", "◁think▷"]
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("mark", MARKS)
+def test_marks_of_thinking_are_put_back_and_cannot_be_written(mark, special):
+    """Of DeepSeek and Qwen, Magistral, Seed-OSS, Kimi; also where they are no tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(TOY)
+    if special:
+        tokenizer.add_tokens([mark])  # as Qwen does it: added, but not as a special token
+    start = "{% if add_generation_prompt %}" + mark + "\n{% endif %}"
+    tokenizer.chat_template += start
+    prompt = rollout.render(tokenizer, "1+1?")
+    ids = tokenizer("Hm. 2.").input_ids + [END]
+    assert rollout.to_text(tokenizer, prompt, ids, True) == f"{mark}\nHm. 2."
+    assert rollout.to_text(tokenizer, prompt[:-3], ids, True) == "Hm. 2."
+    written = rollout.render(tokenizer, f"1 {mark}+1?") != rollout.render(tokenizer, "1 +1?")
+    assert written != special
+
+
 # ----------------------------------------------------------------------------------------- samples
 
 
@@ -123,16 +156,16 @@ def test_uniforms_are_splitmix64():
         z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
         return ((z ^ (z >> 31)) >> 11) * 2.0**-53
 
-    seeds = torch.tensor([0, 1, 2**62, 2**63 - 1, sample_seed(0, 0, 0, 0)])
+    seeds = [0, 1, 2**62, 2**63 - 1, sample_seed(0, 0, 0, 0)]
     for index in (0, 1, 77, 100_000):
-        expected = [reference(seed, index) for seed in seeds.tolist()]
-        assert rollout.uniforms(seeds, index).tolist() == expected
+        expected = [reference(seed, index) for seed in seeds]
+        assert rollout.uniforms(numpy.array(seeds, numpy.uint64), index).tolist() == expected
 
 
 def test_draw_follows_the_softmax():
     """At T, among the likeliest ids that hold top_p, greedily at T = 0; never an id of padding."""
     logits = torch.tensor([2.0, -1.0, 0.5, 1.0, 9.0]).expand(200_000, 5)  # id 4 is padding
-    before, u = logits.clone(), rollout.uniforms(torch.arange(200_000), 0)
+    before, u = logits.clone(), torch.tensor(rollout.uniforms(numpy.arange(200_000, dtype="u8"), 0))
     real = logits[0, :4]
 
     def check(temperature, top_p, expected):
@@ -241,7 +274,7 @@ def test_a_model_that_trains_can_be_sampled_from(engine, prompts):
 class Echo:
     """Right is what contains the gold."""
 
-    def verdicts(self, responses, golds):
+    def verdicts(self, responses, golds, problems):
         return ["right" if g in r else "wrong" for r, g in zip(responses, golds, strict=True)]
 
 
@@ -252,7 +285,7 @@ def test_all_ranks_get_all_groups_whatever_their_number(engine, tokenizer, monke
     how = dict(seed=3, temperature=1.0, max_new_tokens=60)
 
     def groups(world, tasks, samples=range(4), step=2):
-        parts, results = [[None] * 5] * world, [None] * world
+        parts, results = [[None] * len(tasks[r::world]) for r in range(world)], [None] * world
 
         def gather(items):
             (parts[rank],) = items
@@ -266,7 +299,7 @@ def test_all_ranks_get_all_groups_whatever_their_number(engine, tokenizer, monke
             results[rank] = rollout.sample_groups(*work, step=step, **how)
         assert all(result == results[0] for result in results)
         assert [g.problem for g in results[0]] == [task.problem for task in tasks]
-        return [[(s.token_ids, v) for s, v in zip(g.samples, g.verdicts)] for g in results[0]]
+        return [[(s.token_ids, s.verdict) for s in g.samples] for g in results[0]]
 
     whole = groups(1, tasks)
     assert {len(group) for group in whole} == {4}
