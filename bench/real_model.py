@@ -49,7 +49,6 @@ import numpy as np
 import pandas
 import torch
 import torch.distributed as dist
-from scipy import stats
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -241,7 +240,7 @@ def supervise(args, source, rows: list[tuple], folder: Path, rate: float, last_s
     losses = []
     for batch in tqdm(batches, desc=folder.name, unit="update"):
         ids, labels = zip(*batch)
-        ids = pad_sequence(ids, batch_first=True).to(model.device)  # on the right: in no token's past
+        ids = pad_sequence(ids, batch_first=True).to(model.device)  # right: in no token's past
         labels = pad_sequence(labels, batch_first=True, padding_value=-100).to(model.device)
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
@@ -443,7 +442,7 @@ def counts(state: dict) -> dict:
         OWN: (error * corrected, error),
         SPOILED: (first * (1 - corrected), first),
         FORMED: (error * state["formed"], error),
-        BOXED: (np.array(state["boxed"]), np.ones(len(right))),
+        BOXED: (np.array(state["boxed"]), np.ones(len(state["boxed"]))),
     }
 
 
@@ -481,6 +480,8 @@ def student(values) -> str:
     """Student's interval of 95 %; one seed shows nothing."""
     if len(values) < 2:
         return "-"
+    from scipy import stats  # only here, for a machine with a GPU may lack it
+
     half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
     return f"[{np.mean(values) - half:+.3f}, {np.mean(values) + half:+.3f}]"
 
@@ -507,8 +508,8 @@ def report(args) -> None:
             others = {"before": dict.fromkeys(states, before[0])}
             if arm != "grpo":
                 others |= {name: arms[name] for name in ("grpo", "grpo10") if name in arms}
-            for other in others.keys() - {arm}:
-                if states.keys() & others[other].keys():
+            for other in others:
+                if other != arm and states.keys() & others[other].keys():
                     name = f"{arm} - {other}, {rate}"
                     differences[name] = difference(states, others[other])
     tables = [pandas.DataFrame(levels).fillna("")]
