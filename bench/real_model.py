@@ -27,6 +27,7 @@ share one card only with small micro-batches: 4,096 tokens took 8.8 GiB in fp32 
 """
 
 import argparse
+import json
 import math
 import operator
 import os
@@ -567,23 +568,24 @@ def main(arguments=None) -> None:
     flag("--minutes", type=float, default=10_000.0, help="from now on until all runs stop")
     args = parser.parse_args(arguments)
     if args.part == "one":
-        vars(args).update(evaluate.read(args.work / "settings.json")[0])
+        vars(args).update(json.loads((args.work / "settings.json").read_text()))
         one_run(args, *chosen_runs(args, args.rates))
         return
     failed = []
     if args.part != "report":
         _, _, args.device = rollout.start_distributed()
+        settings = {name: vars(args)[name] for name in SETTINGS}
         try:
-            settings = {name: vars(args)[name] for name in SETTINGS}
-            lock = rollout.lock_folder(rollout.output_folder(str(args.work)), settings)
+            lock = rollout.lock_folder(args.work, settings)
+            if not (args.work / "before.json").exists():
+                prepare(args)
+            if args.part == "runs":
+                failed = run_all(args, started + 60 * args.minutes)
+            lock.close()
         except ValueError as error:
             rollout.fail(error)
-        if not (args.work / "before.json").exists():
-            prepare(args)
-        if args.part == "runs":
-            failed = run_all(args, started + 60 * args.minutes)
-        lock.close()
-        dist.destroy_process_group()
+        finally:
+            dist.destroy_process_group()
     report(args)
     if failed:
         sys.exit(f"error: {len(failed)} runs failed, as {', '.join(failed)} say; the same command "
