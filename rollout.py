@@ -1,8 +1,8 @@
 """Problems -> prompts -> samples -> graded groups, on all ranks together, by one of two engines.
 
 1. Task b is the work of rank b mod world. Every rank returns all groups, in the order of the tasks.
-2. A sample is a function of the weights and of its place (run seed, step, question, sample), so
-   neither ranks nor batches change it.
+2. A sample is a function of the weights and of its place (run seed, step, question, sample). Ranks
+   and batches change nothing but the rounding of logits.
 3. The trainer gets the sampled ids themselves (decoding and encoding again would not return them)
    and log mu of each, under the distribution that it was drawn from.
 
@@ -26,9 +26,10 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from decimal import Decimal
 from functools import lru_cache, partial
+from inspect import signature
 from itertools import chain, count
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple, NoReturn, Optional
 
 PARENT = os.getppid()  # torchrun, if it started us; noted before the slow imports that follow
 
@@ -38,7 +39,7 @@ import torch.distributed as dist
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_utils import AttentionInterface
 from transformers.utils.logging import disable_progress_bar
@@ -46,7 +47,7 @@ from transformers.utils.logging import disable_progress_bar
 import error_pool
 import reward
 
-# -------------------------------------------------------------------------------------- what is drawn
+# -------------------------------------------------------------------------- tasks, samples, groups
 
 
 @dataclass
@@ -56,7 +57,7 @@ class Task:
     problem: str
     answer: str  # the gold final answer
     prompt: list[int]
-    question: int  # its place among the step's questions; in an evaluation its number in the file
+    question: int  # its number in the step, or in an evaluation's file: it decides the seeds
     corrects: Optional[int] = None  # in an evaluation: the sample that this asks to correct
 
 
@@ -66,10 +67,10 @@ class Sample:
 
     token_ids: list[int]  # as sampled; the end-of-turn id is the last one iff `finished`
     logprobs: list[float]  # log mu of each, at the sampling temperature
-    text: str  # without what ends it; begins with `<think>` if the prompt ended with it
+    text: str  # without the end-of-turn token; begins with `<think>` if the prompt ended with it
     finished: bool  # False: cut off at max_new_tokens
     verdict: str = ""  # "right", "wrong" or "ungradable"
-    reward: float = 0.0  # R of Eq. 1, R' of Eq. 11; a fork may give any number from 0 to 1
+    reward: float = 0.0  # R, Eq. 1, or R', Eq. 11; in a fork any number from 0 to 1 (1: right)
     analysis: Optional[tuple[int, int]] = None  # of a correction: (start, end) in token_ids
     solution: Optional[str] = None  # of a correction: what is graded; "" if not well-formed
 
@@ -288,14 +289,11 @@ def needed_context(longest_prompt: int, template: int, max_new_tokens: int, limi
     return min(limit, longest_prompt + template + 2 * max_new_tokens)
 
 
-def to_text(tokenizer, prompt: list[int], token_ids: list[int], finished=False) -> str:
-    """What a response says, without the id that ends it if it is `finished`.
+def to_text(tokenizer, prompt: list[int], token_ids: list[int]) -> str:
+    """What a response says; R1-Distill's template ends the prompt with `<think>`: it is put back.
 
-    R1-Distill's template ends the prompt with `<think>`: it is put back. Special tokens are not
-    skipped: where the marks of thinking are special, graders would miss them.
+    Not `skip_special_tokens`: where the marks of thinking are special, graders would miss them.
     """
-    if finished:
-        token_ids = token_ids[:-1]
     silent = (tokenizer.eos_token_id, tokenizer.pad_token_id)
     text = tokenizer.decode([token for token in token_ids if token not in silent])
     end_of_prompt = tokenizer.decode(prompt[-20:]).rstrip()  # longer than any mark in bytes
@@ -303,6 +301,14 @@ def to_text(tokenizer, prompt: list[int], token_ids: list[int], finished=False) 
         if end_of_prompt.endswith(mark):
             text = f"{mark}\n{text}"
     return text
+
+
+def fill_text(tokenizer, prompt: list[int], sample: Sample) -> None:
+    """The text of what an engine drew, without the id that ended it."""
+    said = sample.token_ids
+    if sample.finished:
+        said = said[:-1]
+    sample.text = to_text(tokenizer, prompt, said)
 
 
 def stop_ids(model, tokenizer) -> set[int]:
@@ -440,6 +446,7 @@ class TransformersEngine:
         self.tokenizer = tokenizer
         self.max_context = max_context
         self.stop = stop_ids(model, tokenizer)
+        self.takes_positions = "position_ids" in signature(model.forward).parameters  # BART: no
         self.grouped = False
         one = torch.ones(1, 1, dtype=torch.long, device=model.device)
         with torch.no_grad():
@@ -483,11 +490,13 @@ class TransformersEngine:
                 in_memory = self.cache_tokens // (width + max_new_tokens)
                 prefilled = n * (self.prefill_tokens // width)
                 size = max(1, min(self.max_rows, in_memory, prefilled))
+                if not self.takes_positions:  # padding on the left would shift its own
+                    size = min(size, sum(len(row.prompt) == width for row in waiting))
                 self.decode(waiting[:size], max_new_tokens, sampling, progress)
                 waiting = waiting[size:]
         samples = []
         for prompt, _, sample in rows:
-            sample.text = to_text(self.tokenizer, prompt, sample.token_ids, sample.finished)
+            fill_text(self.tokenizer, prompt, sample)
             samples.append(sample)
         return [samples[first : first + n] for first in range(0, len(samples), n)]
 
@@ -565,14 +574,12 @@ def trainer_state():
     """Puts back what importing and building vLLM changes for the trainer, in the same process."""
     set_num_threads = torch.set_num_threads  # vLLM's CPU build makes it do nothing
     threads = torch.get_num_threads()
-    precision = torch.get_float32_matmul_precision()
     cudnn = torch.backends.cuda.cudnn_sdp_enabled()  # the fastest attention on Hopper
     try:
         yield
     finally:
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision(precision)
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
 
 
@@ -688,10 +695,10 @@ class VLLMEngine:
         outputs = self.llm.generate(requests, parameters, use_tqdm=bar)
         for request, output in zip(requests, outputs, strict=True):
             (out,) = output.outputs
-            ids = list(out.token_ids)
             finished = out.finish_reason == "stop"
-            text = to_text(self.tokenizer, request["prompt_token_ids"], ids, finished)
-            samples.append(Sample(ids, list(out.logprobs.logprobs), text, finished))
+            sample = Sample(list(out.token_ids), list(out.logprobs.logprobs), "", finished)
+            fill_text(self.tokenizer, request["prompt_token_ids"], sample)
+            samples.append(sample)
         return [samples[first : first + n] for first in range(0, len(samples), n)]
 
 
@@ -800,8 +807,9 @@ def sample_groups(
     engine, tokenizer, grader, tasks: list[Task], samples: range, *,
     seed: int, step=0, temperature, top_p=1.0, max_new_tokens, span: Optional[str] = None,
 ) -> list[Group]:
-    """Samples number `samples`, a range, of each task, graded; every rank returns all, in order.
+    """Draws and grades samples of each task; every rank returns all groups, in the tasks' order.
 
+    samples which ones: a range of their numbers, which decide their seeds
     span    None: the samples are answers (Eq. 1); "sections" or "prefix": corrections (Eqs. 11, 12)
     step    of training, 0 in an evaluation; with the run's `seed` it decides all randomness
     grader  None: the samples get no verdicts
@@ -860,7 +868,8 @@ def grade_groups(grader, tokenizer, groups: list[Group], span: Optional[str]) ->
 def find_sections(sample: Sample, tokenizer, span: str) -> None:
     """Notes a correction's analysis and solution; without both sections it is wrong (Eq. 11)."""
     sample.solution = ""
-    if not reward.after_thinking(sample.text):  # thinking that never ends holds no correction
+    # The ids lack the `<think>` of the prompt, so only the text shows thinking that never ends.
+    if not reward.after_thinking(sample.text):
         return
     correction = reward.find_correction(sample.token_ids, tokenizer, span)
     if correction is not None:
@@ -884,10 +893,11 @@ def output_folder(name: str) -> Path:
     if not name.strip():
         raise ValueError("the name of the output folder is empty: is a shell variable unset?")
     folder = Path(name).expanduser()
-    if folder.exists() and not (folder / "settings.json").exists():
-        foreign = [path.name for path in folder.glob("[!.]*")]
-        if foreign:
-            raise ValueError(f"{folder} holds {min(foreign)} and no run; name a new folder")
+    settings = folder / "settings.json"
+    ours = settings.exists() and '"model"' in settings.read_text()
+    foreign = sorted(path.name for path in folder.glob("[!.]*"))  # none where there is no folder
+    if foreign and not ours:
+        raise ValueError(f"{folder} holds {foreign[0]} and no run; name a new folder")
     return folder
 
 
@@ -917,8 +927,16 @@ def lock_folder(folder: Path, settings: dict, free=frozenset()):
     return lock
 
 
-def weights_digest(source: str):
-    return "temporary"
+def weights_digest(source: str) -> list[str] | str | None:
+    """What changes with a model's weights: digests of its folder's files, or its hub commit."""
+    if not os.path.isdir(source):
+        return getattr(AutoConfig.from_pretrained(source), "_commit_hash", None)
+    digests = []
+    for pattern in ("*.safetensors", "*.bin", "*.json"):
+        for path in sorted(Path(source).glob(pattern)):
+            with open(path, "rb") as file:
+                digests.append(hashlib.file_digest(file, "sha256").hexdigest()[:12])
+    return digests
 
 
 def start_distributed() -> tuple[int, int, torch.device]:
@@ -956,7 +974,7 @@ def start_distributed() -> tuple[int, int, torch.device]:
 
 
 def end_with_torchrun() -> None:
-    """Asks Linux to end this process when torchrun dies: it would hold its GPU to the run's end.
+    """Asks Linux to end this process when torchrun dies; else it would keep its GPU until the end.
 
     Only under torchrun: a plain `nohup python train.py &` must survive its shell.
     """
@@ -984,7 +1002,7 @@ def warn(message, kind: str = "warning") -> None:
         tqdm.write(f"{kind}: {line}", file=sys.stderr)
 
 
-def fail(message, code: int = 2) -> None:
+def fail(message, code: int = 2) -> NoReturn:
     """One line from rank 0, then exit code 2 on all ranks.
 
     torchrun ends all ranks with the first that ends. So the others wait until rank 0 has spoken,

@@ -129,9 +129,9 @@ def test_marks_of_thinking_are_put_back_and_cannot_be_written(mark, special):
     start = "{% if add_generation_prompt %}" + mark + "\n{% endif %}"
     tokenizer.chat_template += start
     prompt = rollout.render(tokenizer, "1+1?")
-    ids = tokenizer("Hm. 2.").input_ids + [END]
-    assert rollout.to_text(tokenizer, prompt, ids, True) == f"{mark}\nHm. 2."
-    assert rollout.to_text(tokenizer, prompt[:-3], ids, True) == "Hm. 2."
+    ids = tokenizer("Hm. 2.").input_ids
+    assert rollout.to_text(tokenizer, prompt, ids) == f"{mark}\nHm. 2."
+    assert rollout.to_text(tokenizer, prompt[:-3], ids) == "Hm. 2."
     written = rollout.render(tokenizer, f"1 {mark}+1?") != rollout.render(tokenizer, "1 +1?")
     assert written != special
 
