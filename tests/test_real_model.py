@@ -173,22 +173,22 @@ def test_after_minutes_all_runs_stop_at_one_step_and_continue_later(work, monkey
 
 @pytest.mark.slow
 def test_all_parts_on_the_toy(tmp_path, monkeypatch):
-    """From the warm start to the report; stopped after a step, continued, and the same as a run that was not."""
+    """From the warm start to the report; a run that was stopped and continued is one that was not."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    small = ("--model toy --demonstrations 80 --training 100 --held_out 8 --max_new_tokens 60 "
-             "--questions 16 --rates 1e-4 --seeds 0 --jobs 2 --warm_rates 1e-3 3e-3 "
-             "--train_flags=--questions_per_step=4\t--pool_trigger=4\t--eval_every=2\t--min_variance=0.1")
-    flags = [part.replace("\t", " ") for part in small.split(" ")]
-    flags[1] = str(ROOT / "toy")
+    flags = (f"--model {ROOT}/toy --demonstrations 80 --training 100 --held_out 8 --rates 1e-4 --seeds 0 "
+             "--max_new_tokens 60 --questions 16 --warm_rates 1e-3 3e-3 --methods scrpo").split()
+    # tau = 0: the toy answers all of it wrong, which must be enough to enter stage 2.
+    flags += ["--train_flags", "--questions_per_step 4 --pool_trigger 4 --eval_every 2 --min_variance 0"]
     figures = []
-    for name, stops in ("one", ["0", "9"]), ("two", ["9"]):
+    for name, minutes in ("stopped", ["0", "99"]), ("whole", ["99"]):
         work = tmp_path / name
         real_model.main(["table", "--work", str(work), *flags])
-        for minutes in stops:
-            real_model.main(["--work", str(work), *flags, "--methods", "scrpo", "--minutes", minutes])
+        for limit in minutes:
+            real_model.main(["runs", "--work", str(work), *flags, "--minutes", limit])
         run = json.loads((work / "runs" / "scrpo-1e-4-0.json").read_text())
         assert run["complete"] and run["states"]["scrpo"]["questions"] == 16
-        assert run["states"]["scrpo, samples"]["samples"] == 128
+        assert any(line.get("stage") == 2 for line in run["curve"])
+        assert run["states"]["scrpo, samples"]["samples"] == 128 < run["states"]["scrpo"]["samples"]
         warm = json.loads((work / "warm_rate.json").read_text())
         assert warm["chosen"] == min(warm["losses"], key=warm["losses"].get)
         assert "scrpo - before" in (work / "report.md").read_text()
