@@ -103,7 +103,7 @@ def evaluate(config: EvalConfig, rank: int, device: torch.device) -> None:
         )
         if rank == 0:
             write(file, read(file) + records(groups, numbers))
-        rollout.gather([])  # the other ranks wait, and then read the file too
+        rollout.barrier()  # now the other ranks find it too
     if rank == 0:
         report(config, tasks, settings)
     lock.close()

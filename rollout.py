@@ -340,7 +340,7 @@ def sample_seed(run_seed: int, step: int, question: int, sample: int, corrects=N
     A hash, not a sum: with run_seed + step, run 1 would begin with run 0's second step.
     """
     if corrects is not None:
-        question += 1_000_000_007 * (1 + corrects)
+        question += 1_000_000_007 * (1 + corrects)  # beyond every number of a question
     place = f"{run_seed},{step},{question},{sample}".encode()
     return int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "little") >> 1
 
@@ -971,7 +971,7 @@ def start_distributed() -> tuple[int, int, torch.device]:
     # A rank may wait for the longest rollout of another. torchrun ends all if one dies.
     timeout = timedelta(hours=24)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
-    gather([])  # a rank that fails now would break the connections of those still on their way
+    barrier()  # a rank that fails now would break the connections of those still on their way
     return rank, world, device
 
 
@@ -995,6 +995,11 @@ def gather(items: list) -> list:
     lists = [None] * dist.get_world_size()
     dist.all_gather_object(lists, items)
     return list(chain.from_iterable(lists))
+
+
+def barrier() -> None:
+    """Returns when all ranks have come here."""
+    gather([])
 
 
 def warn(message, kind: str = "warning") -> None:

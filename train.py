@@ -143,10 +143,10 @@ class Config:
     save_every: int = flag(20, "steps between checkpoints; two are kept (TRL: save_steps)")
 
 
-AT_LEAST_ONE = (
+LEAST = {"group_size": 2} | dict.fromkeys((
     "questions_per_step", "max_new_tokens", "updates_per_rollout", "errors_per_question",
     "dynamic_sampling", "micro_batch_tokens", "logprob_chunk", "save_every",
-)
+), 1)  # all other numbers may be 0
 # What may differ when a run is resumed, because it does not change what is computed.
 FREE_TO_CHANGE = {"output_dir", "resume", "steps", "eval_every", "save_every"}
 
@@ -207,7 +207,7 @@ def check(config: Config) -> None:
     """ValueError, one line, if settings contradict each other or the method."""
     c = config
     for name, value in asdict(c).items():
-        least = 2 if name == "group_size" else int(name in AT_LEAST_ONE)
+        least = LEAST.get(name, 0)
         if isinstance(value, (int, float)) and not value >= least:  # not `<`: nan is never less
             raise ValueError(f"--{name} {value}: must be at least {least}")
     if c.train_data is None:
@@ -1144,7 +1144,7 @@ def save_checkpoint(run: Run) -> None:
         free = shutil.disk_usage(run.output).free / 2**30
         fail(f"{part} cannot be written ({error}): its disk has {free:.1f} GB left; free some and "
              "--resume", code=1)
-    gather([])  # until all shards are written
+    rollout.barrier()  # all shards are written
     if run.rank == 0:
         remove(folder)  # one that was found damaged
         part.rename(folder)
@@ -1265,18 +1265,18 @@ def set_up(config: Config, rank: int, device: torch.device, cleanup: ExitStack) 
 
     reference = None
     if config.beta:  # else pi_ref is not even loaded
-        reference, _ = rollout.load_policy(config.model, dtype, device)
-        reference = Policy(reference.requires_grad_(False), **options)
+        frozen, _ = rollout.load_policy(config.model, dtype, device)
+        reference = Policy(frozen.requires_grad_(False), **options)
     # Buffers are not broadcast: that would be a collective in every forward pass, of which the
     # ranks make different numbers.
-    policy = DistributedDataParallel(policy, gradient_as_bucket_view=True, broadcast_buffers=False)
+    ddp = DistributedDataParallel(policy, gradient_as_bucket_view=True, broadcast_buffers=False)
     pool = None
     if config.algorithm == "scrpo":
         pool = error_pool.ErrorPool(config.min_variance, config.errors_per_question)
     grader = cleanup.enter_context(reward.Grader())
     return Run(
         config, rank, device, output, model, tokenizer, tasks, eval_tasks, optimizer, engine,
-        grader, policy, reference, pool,
+        grader, ddp, reference, pool,
     )
 
 
@@ -1350,6 +1350,7 @@ def try_model(policy: Policy, engine, config: Config, tasks: list[Task], limit: 
             max_new_tokens=min(16, config.max_new_tokens), seeds=[[0, 1], [2, 3]],
             bar=partial(tqdm, disable=True),
         )
+        engine.sleep()  # as before every update: its memory may be needed
         groups = [Group(**vars(task), samples=samples) for task, samples in zip(tried, drawn)]
         lengths = [[len(sample.token_ids) for sample in group.samples] for group in groups]
         examples = make_examples(groups, torch.ones(2, 2), all_tokens(lengths), lengths)
