@@ -90,7 +90,7 @@ def evaluate(config: EvalConfig, rank: int, device: torch.device) -> None:
             engine = rollout.make_engine(
                 config.rollout, model, tokenizer, model_path=config.model,
                 max_context=max_context, memory_share=config.memory_share,
-            )  # fmt: skip
+            )
             settings["engine"] = f"{engine.name}, {config.precision} on {device.type}"
         lock = rollout.lock_folder(Path(config.output), settings)
     except (OSError, ValueError) as error:
@@ -100,7 +100,7 @@ def evaluate(config: EvalConfig, rank: int, device: torch.device) -> None:
             engine, tokenizer, None, asked, numbers, span=span, seed=config.seed,
             temperature=config.temperature, top_p=config.top_p,
             max_new_tokens=config.max_new_tokens,
-        )  # fmt: skip
+        )
         if rank == 0:
             write(file, read(file) + records(groups, numbers))
         rollout.gather([])  # the other ranks wait, and then read the file too
@@ -121,8 +121,7 @@ def prepare(config: EvalConfig):
         config.model = str(TOY)
         config.benchmarks = [str(TOY / "test.jsonl")]
     tokenizer = AutoTokenizer.from_pretrained(config.model)
-    limit = getattr(AutoConfig.from_pretrained(config.model), "max_position_embeddings", None)
-    limit = limit or tokenizer.model_max_length
+    limit = rollout.context_limit(AutoConfig.from_pretrained(config.model), tokenizer)
     config.max_new_tokens = config.max_new_tokens or min(32768, limit // 2)
     if config.temperature == 0:
         config.k = 1
@@ -194,7 +193,7 @@ def records(groups: list[Group], numbers=range(1)) -> list[dict]:
                 "problem": group.problem, "gold": group.answer, "response": sample.text,
                 "solution": sample.solution,  # of a correction: what Eq. 11 grades
                 "finished": sample.finished, "tokens": len(sample.token_ids),
-            })  # fmt: skip
+            })
     return rows
 
 
@@ -255,7 +254,7 @@ def report(config: EvalConfig, names, settings: dict) -> None:
         "ungradable": 100 * samples.ungradable.mean(),
         "questions": means.size(),
         "samples": samples.size(),
-    })  # fmt: skip
+    })
     table.to_csv(Path(config.output, "summary.csv"))
     print(table.to_string(float_format="%.1f"))
     for name, value in settings.items():
@@ -287,7 +286,7 @@ def compare(folders: list[str]) -> None:
             "difference": paired.mean(),
             "from": means.quantile(0.025),
             "to": means.quantile(0.975),
-        })  # fmt: skip
+        })
         print(f"{name}, {count} problems: difference to the baseline {folders[0]}, 95 % bootstrap")
         print(table.to_string(float_format="%.1f"))
 

@@ -726,19 +726,16 @@ def load_policy(source: str, dtype, device):
     return model.to(device).eval(), tokenizer
 
 
-def check_context(model, max_context: int) -> None:
-    """ValueError where sequences may pass the positions of the model.
+def context_limit(config, tokenizer) -> int:
+    """The longest sequence that a model of this configuration takes.
 
-    With LongRoPE those are the pretraining's: beyond them, one long row changes the frequencies of
-    its whole batch (transformers#33129), and log p of a row would depend on its company.
+    With LongRoPE that is the pretraining's: beyond it, one long row changes the frequencies of its
+    whole batch (transformers#33129), and log p of a row would depend on its company.
     """
-    positions = getattr(model.config, "max_position_embeddings", None)
-    rope = getattr(model.config, "rope_parameters", None) or {}
+    rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
-        positions = rope["original_max_position_embeddings"]
-    if positions and max_context > positions:
-        raise ValueError(f"a context of {max_context:,} tokens passes the {positions:,} positions "
-                         "of --model; lower --max_context or --max_new_tokens")
+        return rope["original_max_position_embeddings"]
+    return getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
 
 
 def make_engine(kind: str, model, tokenizer, *, max_context: int, **options):
@@ -747,7 +744,10 @@ def make_engine(kind: str, model, tokenizer, *, max_context: int, **options):
     `options` are memory_share and model_path, where the checkpoint of `model` is. ValueError, one
     line, if the engine cannot be had.
     """
-    check_context(model, max_context)
+    limit = context_limit(model.config, tokenizer)
+    if max_context > limit:
+        raise ValueError(f"a context of {max_context:,} tokens passes the {limit:,} positions "
+                         "of --model; lower --max_context or --max_new_tokens")
     why = "as --rollout says"
     if kind == "auto":
         kind = "transformers"
@@ -921,7 +921,7 @@ def lock_folder(folder: Path, settings: dict, free=frozenset()):
             raise ValueError(f"{folder} was begun with {name} {stored[name]!r:.80}, "
                              f"not {settings[name]!r:.80}; name another")
     if rank == 0:
-        part = file.with_suffix(".part")
+        part = folder / ".settings"  # a name with a dot: after a kill the folder counts as empty
         part.write_text(json.dumps(stored | settings, indent=1))
         part.replace(file)
     return lock

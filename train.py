@@ -837,6 +837,7 @@ def compile_layers(model, recompute: bool) -> None:
             return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE
 
+    rollout.silence("torch._higher_order_ops.wrap", "context_fn")  # it is meant
     contexts = partial(create_selective_checkpoint_contexts, choose)
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
@@ -997,7 +998,8 @@ def append_lines(path: Path, rows: list[dict]) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU what torch allocated, else of this process."""
+    """Bytes that torch allocated on the GPU, a sleeping vLLM's included (vllm#17117), or that this
+    process took."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -1321,8 +1323,7 @@ def choose_sizes(config: Config, model, tokenizer, tasks: list[Task]) -> None:
     if config.max_context is None:
         longest = max(len(task.prompt) for task in tasks)
         template = len(rollout.render(tokenizer, error_pool.correction_prompt("", "")))
-        limit = getattr(model.config, "max_position_embeddings", None)
-        limit = limit or tokenizer.model_max_length
+        limit = rollout.context_limit(model.config, tokenizer)
         config.max_context = rollout.needed_context(
             longest, template, config.max_new_tokens, limit
         )
