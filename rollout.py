@@ -633,12 +633,12 @@ class VLLMEngine:
             settings |= dict(enforce_eager=True, kv_cache_memory_bytes=1 << 28,
                              enable_chunked_prefill=False,
                              max_num_batched_tokens=max(8192, max_context))
-        warn("vLLM starts, which takes about two minutes on a GPU; machines of different kinds "
-             "with one home folder need a VLLM_CACHE_ROOT each", kind="note")
         try:
             with trainer_state():
                 from vllm import LLM, SamplingParams
 
+                warn("vLLM starts, which takes about two minutes on a GPU; machines of different "
+                     "kinds with one home folder need a VLLM_CACHE_ROOT each", kind="note")
                 self.llm = LLM(model_path, **settings)
         except ImportError as error:
             raise ValueError(f"--rollout vllm cannot be had: {error}; install "
