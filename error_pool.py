@@ -24,7 +24,7 @@ def informative(right: float, group_size: int, min_variance: float) -> bool:
     >>> [k for k in range(9) if informative(k, 8, 0.15)]   # 1 * 7 < 9.6 <= 2 * 6
     [2, 3, 4, 5, 6]
     """
-    tau = Fraction(str(min_variance))  # the decimal that was written: a float misses some edges
+    tau = Fraction(str(min_variance))  # exact: in floats k (G - k) = tau G^2 can fail by rounding
     return right * (group_size - right) >= tau * group_size**2  # Eq. 7
 
 

@@ -125,8 +125,8 @@ def prepare(config: EvalConfig):
     config.max_new_tokens = config.max_new_tokens or min(32768, limit // 2)
     if config.temperature == 0:
         config.k = 1
-    # A correction's prompt holds a question, here of 2,048 tokens [ours], and a response. It is not
-    # by the benchmarks' own questions: one benchmark more must not change which problems fit.
+    # A correction's prompt holds a question, here of 2,048 tokens [ours], and a response. It does
+    # not depend on the benchmarks asked: adding one must not change which problems fit.
     max_context = min(limit, 2 * (config.max_new_tokens + 2048))
     if config.output is None:
         config.output = f"runs/eval/{Path(config.model).name}"

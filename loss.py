@@ -51,8 +51,8 @@ def analysis_mask(spans, width: int, success=None) -> torch.Tensor:
     spans    (start, end) of each correction's analysis in its tokens, None: not well-formed
     success  is R'_j = 1, for each correction; None leaves the condition out (an ablation)
 
-    A correction with R' = 1 has Â' >= 0. So with `success` every token that carries gradient in
-    stage 2 is pushed up, and none down: with beta = 0 the lower clip of Eq. 5 never acts.
+    A correction with R' = 1 has Â' >= 0. So with `success` and beta = 0 every token that carries
+    gradient in stage 2 is pushed up, none down, and the lower clip of Eq. 5 never acts.
 
     >>> analysis_mask([(1, 3), (0, 2), None], 4, success=[True, False, False]).int().tolist()
     [[0, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
@@ -135,8 +135,8 @@ def policy_loss(
     advantages   Â [S]
     mask         which tokens carry loss [S,T]: all of o_i, or in stage 2 m of Eq. 12
     weights      w of Eq. 14 [S,T], None for 1
-    denominator  `step_denominator` of the whole optimizer step. None, for tests: these samples are
-                 the whole step, their masks show all lengths, and L_max = T
+    denominator  `step_denominator` of the whole optimizer step. None, for tests only: computed from
+                 the mask, as if these samples were the whole step and L_max were T
 
     Returns (loss, stats); stats are sums over the mask, without gradient: tokens, clipped, kl.
     Values outside the mask, even NaN, have no influence.
@@ -153,6 +153,7 @@ def policy_loss(
     if beta != 0 and ref_logp is None:
         raise ValueError(f"beta is {beta}, so ref_logp is needed")
     mask = mask.bool()
+    # Other lengths than the denominator's only for failed corrections, whose sum is 0.
     lengths = mask.sum(dim=1)  # [S]
     if denominator is None:
         denominator = step_denominator(lengths.tolist(), reduction, max_length=mask.shape[1])
@@ -201,7 +202,7 @@ def token_logprobs(
 
     Returns (logp, entropy), [S,T], at least fp32: column t of row s is token first[s] + t, and 0
     past the end of the row. Only logp has a gradient. Only the M positions that predict a scored
-    token go through the head. For two rows of L = 5 with first = [2, 3] and lengths 5 and 4:
+    token (x) go through the head. For two rows of L = 5 with first = [2, 3] and lengths 5 and 4:
 
         hidden [S,L]  . x x x .     targets [M]  2 3 4 | 3      logp [S,T]  2 3 4
                       . . x . .                                             3 0 0
@@ -218,7 +219,8 @@ def token_logprobs(
     )
     lengths = end - first
     column = torch.arange(int(lengths.max()), device=input_ids.device)
-    filled = column < lengths[:, None]  # [S,T]; row by row as many tokens as `predicts` has
+    filled = column < lengths[:, None]  # [S,T]
+    # Row by row `filled` has as many tokens as `predicts`, and both indexings go row by row.
     blank = logp.new_zeros(filled.shape)
     return blank.masked_scatter(filled, logp), blank.masked_scatter(filled, entropy)
 

@@ -58,7 +58,8 @@ class Task:
     answer: str  # the gold final answer
     prompt: list[int]
     question: int  # its number in the step, or in an evaluation's file: it decides the seeds
-    corrects: Optional[int] = None  # in an evaluation: the sample that this asks to correct
+    # In evaluations only: which answer this corrects. It keeps the seeds of the two apart.
+    corrects: Optional[int] = None
 
 
 @dataclass
@@ -178,7 +179,7 @@ def read_field(row, names: tuple, read) -> str:
         raise ValueError(f"give it a field {' or '.join(names)}; there are {list(row)}")
     try:
         text = read(row[name], name).strip()
-        text.encode()  # half of a surrogate pair is no text
+        text.encode()  # a lone surrogate is not valid text
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         message = f"field {name!r} holds {row[name]!r:.60} ({error}); give text in `{names[0]}`"
         raise ValueError(message) from None
@@ -245,7 +246,7 @@ def control_tokens(tokenizer) -> re.Pattern:
     for token in tokenizer.added_tokens_decoder.values():
         if token.special or str(token) in marks or re.fullmatch(r"<\|.+\|>", str(token)):
             names.append(re.escape(str(token)))
-    names.sort(key=len, reverse=True)  # of two that begin alike the longer one
+    names.sort(key=len, reverse=True)  # so that no token is taken for its own beginning
     return re.compile("|".join(names) or r"(?!)")
 
 
@@ -386,10 +387,11 @@ def draw(logits, uniform, *, temperature: float, top_p: float, vocabulary: int):
 
 
 def grouped_decode(module, query, key, value, attention_mask, scaling=None, **_):
-    """Attention of one new token a row that leaves the cache where it is: [R,KG,1,D] and [R,K,C,D].
+    """Attention of one new token a row that leaves the cache as it is.
 
-    The G query heads that share a key head are handed over as G query positions. Transformers' own
-    sdpa repeats the cache G times as soon as there is a mask, at every token.
+    query [R,K*g,1,D], key and value [R,K,C,D]: R rows, K key heads with g query heads each, C
+    columns of the cache, D head size. The g query heads of a key head are passed as g positions.
+    Transformers' own sdpa repeats the cache g times at every token as soon as there is a mask.
     """
     rows, heads, _, size = query.shape
     query = query.reshape(rows, key.shape[1], -1, size)
@@ -401,7 +403,7 @@ AttentionInterface.register("grouped_decode", grouped_decode)
 
 
 class RoomyLayer(DynamicLayer):
-    """The library's cache of a layer copies all of itself at every token; this one has room."""
+    """The library's cache of a layer is copied at every token; this one has room for more."""
 
     def update(self, key_states, value_states, *args, **kwargs):
         if not self.is_initialized:
@@ -412,7 +414,11 @@ class RoomyLayer(DynamicLayer):
 
 
 def append_columns(used, new):
-    """[R,K,C,D] and [R,K,t,D] -> [R,K,C+t,D], a part of a tensor with room for more columns."""
+    """[R,K,C,D] and [R,K,t,D] -> [R,K,C+t,D]: a view into a larger tensor, its `_base`.
+
+    After a prefill or a reordering `used` is a tensor of its own. Then, or when the larger one is
+    full, both are copied into a new one with room for 32 more columns.
+    """
     end = used.shape[2] + new.shape[2]
     room = used._base  # what `used` is a part of; None if it is whole
     if room is None or end > room.shape[2]:
@@ -448,6 +454,7 @@ class TransformersEngine:
         self.stop = stop_ids(model, tokenizer)
         self.takes_positions = "position_ids" in signature(model.forward).parameters  # BART: no
         self.grouped = False
+        # One token, to see what cache the model makes, and how large it is.
         one = torch.ones(1, 1, dtype=torch.long, device=model.device)
         with torch.no_grad():
             _, cache = self.forward(one, one > 0)
@@ -482,7 +489,7 @@ class TransformersEngine:
         rows = []
         for prompt, row_seeds in zip(prompts, seeds, strict=True):
             rows += [Row(prompt, seed, Sample([], [], "", False)) for seed in row_seeds]
-        waiting = sorted(rows, key=lambda row: -len(row.prompt))  # so little is padded
+        waiting = sorted(rows, key=lambda row: -len(row.prompt))  # to keep padding low
         self.model.eval()  # which also lets a model with gradient checkpointing use a cache
         with bar(total=len(rows)) as progress:
             while waiting:
@@ -547,7 +554,7 @@ class TransformersEngine:
     def forward(self, ids, mask, cache=None):
         """The model over the newest tokens [R,t] -> the last one's logits [R,V], and the cache.
 
-        mask [R,C] says of all tokens, those in the cache too, which ones are no padding.
+        mask [R,C] is True for real tokens, the cached ones included.
         """
         config = self.model.config
         own = config._attn_implementation
@@ -641,7 +648,7 @@ class VLLMEngine:
                      "kinds with one home folder need a VLLM_CACHE_ROOT each", kind="note")
                 self.llm = LLM(model_path, **settings)
         except ImportError as error:
-            raise ValueError(f"--rollout vllm cannot be had: {error}; install "
+            raise ValueError(f"--rollout vllm is not available: {error}; install "
                              "requirements-vllm.txt, or take the other engine") from error
         except (ValueError, OSError) as error:  # train.py would drop the traceback of these
             raise RuntimeError("vLLM does not start") from error
@@ -742,7 +749,7 @@ def make_engine(kind: str, model, tokenizer, *, max_context: int, **options):
     """The engine `kind`: vllm, transformers, or auto: vllm if it is installed and there is a GPU.
 
     `options` are memory_share and model_path, where the checkpoint of `model` is. ValueError, one
-    line, if the engine cannot be had.
+    line, if the engine is not available.
     """
     limit = context_limit(model.config, tokenizer)
     if max_context > limit:
@@ -766,7 +773,7 @@ def make_engine(kind: str, model, tokenizer, *, max_context: int, **options):
         except ValueError:
             raise
         except Exception as error:  # a model without the library's cache raises what it likes
-            raise ValueError("--rollout transformers cannot be had: --model is no causal model "
+            raise ValueError("--rollout transformers is not available: --model is no causal model "
                              f"with the library's cache ({error})") from error
     engine.why = why
     return engine
@@ -810,7 +817,8 @@ def sample_groups(
     """Draws and grades samples of each task; every rank returns all groups, in the tasks' order.
 
     samples which ones: a range of their numbers, which decide their seeds
-    span    None: the samples are answers (Eq. 1); "sections" or "prefix": corrections (Eqs. 11, 12)
+    span    None: the samples are answers, graded by Eq. 1; "sections" or "prefix": they are
+            corrections, graded by Eq. 11, with this span for their analysis (Eq. 12)
     step    of training, 0 in an evaluation; with the run's `seed` it decides all randomness
     grader  None: the samples get no verdicts
     """
@@ -880,7 +888,7 @@ def find_sections(sample: Sample, tokenizer, span: str) -> None:
 
 # ----------------------------------------------------------------------------------------- programs
 
-START_NUMBERS = count()
+START_NUMBERS = count()  # of the starts in this process: see start_distributed
 
 
 def flag(default, text: str):
@@ -916,7 +924,7 @@ def lock_folder(folder: Path, settings: dict, free=frozenset()):
         raise ValueError(f"{folder}: another process is writing there; name another") from None
     file = folder / "settings.json"
     stored = json.loads(file.read_text()) if file.exists() else {}
-    for name in settings.keys() & stored.keys() - free:
+    for name in (settings.keys() & stored.keys()) - free:
         if stored[name] != settings[name]:
             raise ValueError(f"{folder} was begun with {name} {stored[name]!r:.80}, "
                              f"not {settings[name]!r:.80}; name another")
@@ -971,7 +979,7 @@ def start_distributed() -> tuple[int, int, torch.device]:
     # A rank may wait for the longest rollout of another. torchrun ends all if one dies.
     timeout = timedelta(hours=24)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
-    barrier()  # a rank that fails now would break the connections of those still on their way
+    barrier()  # a rank that failed now would break the connections that others still make
     return rank, world, device
 
 
@@ -998,7 +1006,7 @@ def gather(items: list) -> list:
 
 
 def barrier() -> None:
-    """Returns when all ranks have come here."""
+    """Returns when all ranks have arrived."""
     gather([])
 
 

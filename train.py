@@ -104,7 +104,7 @@ class Config:
     group_size: int = flag(8, "G, samples a question; 8: Dr. GRPO (TRL: num_generations)")
     max_new_tokens: int = flag(3000, "of a response; 3000: Dr. GRPO (TRL: max_completion_length)")
     temperature: float = flag(1.0, "of sampling and of log p; 1: R1, DAPO (TRL: temperature)")
-    updates_per_rollout: int = flag(1, "optimizer steps on a rollout's samples; 1: DeepSeekMath")
+    updates_per_rollout: int = flag(1, "steps it is cut into (not TRL's num_iterations)")
     scale: Literal["std", "none"] = flag("std", "Eq. 2; none: Dr. GRPO (TRL: scale_rewards)")
     clip_low: float = flag(0.2, "Eq. 5's lower clip; 0.2 is usual with GRPO (TRL: epsilon)")
     clip_high: Optional[float] = flag(None, "default: 0.2, with dapo 0.28 (TRL: epsilon_high)")
@@ -125,7 +125,7 @@ class Config:
     # Optimizer
     learning_rate: float = flag(1e-6, "AdamW's; 1e-6: DeepSeekMath, DAPO (TRL: learning_rate)")
     schedule: Literal["constant", "cosine"] = flag("constant", "DAPO's (TRL: lr_scheduler_type)")
-    warmup_steps: int = flag(0, "steps of linear warm-up; DAPO: 20 (TRL: warmup_steps)")
+    warmup_steps: int = flag(0, "rollouts of linear warm-up; DAPO: 20 (TRL: in updates)")
     weight_decay: float = flag(0.0, "AdamW's, of matrices only [ours] (TRL: weight_decay)")
     max_grad_norm: float = flag(1.0, "of clipping; 0: none [ours] (TRL: max_grad_norm)")
     # Machine
@@ -138,9 +138,9 @@ class Config:
     max_context: Optional[int] = flag(None, "default: by need (TRL: vllm_max_model_length)")
     memory_share: float = flag(0.3, "the engine's (TRL, vLLM: vllm_gpu_memory_utilization)")
     # What is written, and when
-    eval_every: int = flag(50, "steps between evaluations; 0: both ends only (TRL: eval_steps)")
+    eval_every: int = flag(50, "rollouts between evaluations; 0: both ends only (TRL: eval_steps)")
     eval_questions: int = flag(512, "held-out problems of an evaluation, from the top; 0: none")
-    save_every: int = flag(20, "steps between checkpoints; two are kept (TRL: save_steps)")
+    save_every: int = flag(20, "rollouts between checkpoints; two are kept (TRL: save_steps)")
 
 
 LEAST = {"group_size": 2} | dict.fromkeys((
@@ -247,7 +247,7 @@ def check_stage_2(c: Config) -> None:
 class State:
     """Where a run stands: what a checkpoint holds beside weights, optimizer and pool."""
 
-    step: int = 0  # the last finished one
+    step: int = 0  # the last completed one
     stage: int = 1
     questions: int = 0  # drawn so far: the place in the stream of `question_order`
     samples: int = 0  # drawn so far, those of discarded groups too
@@ -260,7 +260,7 @@ class State:
 
 @dataclass
 class Run:
-    """Everything that a run holds, in the order in which `set_up` makes it."""
+    """Everything that a run holds; `set_up` makes it."""
 
     config: Config
     rank: int
@@ -308,7 +308,7 @@ def train(run: Run) -> None:
         run.seconds.clear()
         entered = switch_stage(run)  # Eq. 9
         with measured(run.seconds, "rollout"):
-            run.engine.update_weights(run.model)
+            run.engine.update_weights(run.model)  # which also wakes the engine
             if state.stage == 1:
                 groups, examples, metrics = trial_and_error(run, step)  # Eqs. 1, 2, 7, 8
             else:
@@ -320,6 +320,8 @@ def train(run: Run) -> None:
             with measured(run.seconds, "update"):
                 metrics |= update(run.policy, run.reference, run.optimizer, config, step,
                                   groups, examples)  # Eqs. 3 to 6, 13, 14
+            if state.stage == 2:
+                state.visit_loss_tokens += metrics["loss_tokens"]
         state.step = step
         if step == config.steps or (config.eval_every and step % config.eval_every == 0):
             metrics |= evaluate_policy(run)
@@ -344,7 +346,7 @@ def measured(seconds: Counter, part: str):
 
 
 def switch_stage(run: Run) -> bool:
-    """Eq. 9. True where stage 2 is entered. A visit to it that taught nothing gets a warning."""
+    """Eq. 9. True where stage 2 is entered. Warns if a visit to it trained on nothing."""
     if run.pool is None:
         return False
     config = run.config
@@ -427,7 +429,7 @@ def self_correction(run: Run, step: int) -> tuple[list[Group], list["Example"], 
 
 
 def take_errors(run: Run) -> list[Task]:
-    """Takes errors off E, oldest first, until B fit the context; the others are lost, counted."""
+    """Takes errors off E, oldest first, until B fit the context; drops and counts the others."""
     config = run.config
     tasks = []
     while len(tasks) < config.questions_per_step and len(run.pool) > 0:
@@ -456,7 +458,7 @@ def draw_questions(run: Run, step: int) -> tuple[list[Group], int]:
         n = B - len(kept)
         tasks = []
         for place in question_order(config.seed, len(run.tasks), run.state.questions, n):
-            # Numbered on from round to round: a second round's seeds are not the first's.
+            # Numbers continue across rounds: a second round must not reuse the first's seeds.
             tasks.append(replace(run.tasks[place], question=attempt * B + len(tasks)))
         run.state.questions += n
         for group in draw_samples(run, step, tasks):
@@ -595,7 +597,10 @@ def make_examples(groups, advantages, masks, denominator_tokens) -> list[Example
 
 @dataclass
 class MicroBatch:
-    """Examples padded on the right: S sequences of L tokens, T loss columns."""
+    """Examples padded on the right: S sequences of L tokens, T loss columns.
+
+    T is the widest mask and also the longest `len(ids) - first`: ids end at the last loss token.
+    """
 
     ids: torch.Tensor  # [S,L]
     attention: torch.Tensor  # [S,L], 1 where there is a token
@@ -623,7 +628,7 @@ def collate(examples: list[Example], device) -> MicroBatch:
 
 
 def carries_gradient(example: Example, beta: float) -> bool:
-    """Must this sample be run? Not without a loss token, nor with a zero advantage and no KL term.
+    """True if the sample needs a forward pass: it has a loss token, and an advantage or a KL term.
 
     Its place in the denominator does not depend on that.
     """
@@ -649,9 +654,10 @@ def split_by_tokens(lengths: list[int], ranks: int, budget: int) -> list[list[li
     batches: list[list[list[int]]] = [[] for _ in range(ranks)]
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     for place, i in enumerate(longest_first):
-        lap, seat = divmod(place, ranks)
-        forth = lap % 2 == 0  # back and forth, or rank 0 would get the longest of every lap
-        own = batches[seat] if forth else batches[ranks - 1 - seat]
+        turn, rank = divmod(place, ranks)
+        if turn % 2 == 1:  # back and forth, or rank 0 would get the longest of every turn
+            rank = ranks - 1 - rank
+        own = batches[rank]
         if own and has_room(own[-1] + [i]):
             own[-1].append(i)
         else:
@@ -707,7 +713,8 @@ class Policy(torch.nn.Module):
 
 
 def update(policy, reference, optimizer, config: Config, step: int, groups, examples) -> dict:
-    """Ascends J_1 (Eq. 6) or J_2 (Eq. 13) in `updates_per_rollout` optimizer steps."""
+    """Ascends J_1 (Eq. 6) or J_2 (Eq. 13) in `updates_per_rollout` optimizer steps, each on its own
+    part of the groups: every sample is used once."""
     # Dropout is off, so the mode matters for gradient checkpointing alone, which Transformers does
     # in training mode only. The engine has called eval(). (DDP's module is Policy, Policy's model.)
     policy.train(policy.module.model.is_gradient_checkpointing)
@@ -740,7 +747,7 @@ def backward(policy, reference, optimizer, config: Config, minibatch: Minibatch,
     world = dist.get_world_size()
     last = len(minibatch.micro_batches) - 1
     for i, batch in enumerate(minibatch.micro_batches):
-        # fp32: gradients add up where they are; DDP averages them once, in the last backward.
+        # fp32: p.grad adds up on each rank; DDP averages it once, in the last backward.
         # bf16: DDP averages after every micro-batch, and `accumulate` adds up in fp32.
         local = i < last and not optimizer.bf16
         with policy.no_sync() if local else nullcontext():
@@ -801,7 +808,7 @@ def update_metrics(config: Config, sums_of_ranks: list[Counter], norms: list[flo
 
     largest_gap = max(sums["largest gap"] for sums in sums_of_ranks)
     return {
-        "loss": total["loss"] / len(finite) if finite else None,
+        "loss": total["loss"] / len(norms) if finite else None,
         "grad_norm": sum(finite) / len(finite) if finite else None,
         "loss_tokens": int(tokens),
         "clip_fraction": mean("clipped"),
@@ -867,7 +874,7 @@ class MasterAdamW:
         self.masters = {}
         for i, p in enumerate(self.params):
             if self.owner[i] == dist.get_rank():
-                # made from the weights as they were stored, before they are rounded to bf16
+                # bf16: from the weights as stored, before they are rounded. fp32: p itself.
                 self.masters[i] = p.detach().float().clone() if self.bf16 else p
         for p in model.parameters():  # not model.to(dtype): rotary frequencies must not be rounded
             p.data = p.data.to(dtype)
@@ -1024,7 +1031,6 @@ def watch(run: Run, metrics: dict, groups: list[Group]) -> None:
              "none was used; lower --learning_rate, look at samples.jsonl, and --resume from the "
              "last checkpoint")
     if state.stage == 2:
-        state.visit_loss_tokens += metrics.get("loss_tokens", 0)
         return
     finished = any(sample.finished for group in groups for sample in group.samples)
     if finished and metrics["accuracy"] > 0:
@@ -1128,7 +1134,7 @@ LOGS = ("metrics.jsonl", "samples.jsonl")
 
 
 def save_checkpoint(run: Run) -> None:
-    """checkpoints/step_NNNNNN/rank_K.pt, a shard of each rank. A folder of this name is whole."""
+    """checkpoints/step_NNNNNN/rank_K.pt, a shard of each rank. Such a folder is complete."""
     folder = run.output / "checkpoints" / f"step_{run.state.step:06d}"
     part = folder.with_suffix(".part")
     saved = {
@@ -1228,7 +1234,7 @@ def save_final(run: Run) -> None:
 def set_up(config: Config, rank: int, device: torch.device, cleanup: ExitStack) -> Run:
     """Builds everything, on all ranks together. ValueError or OSError, one line, if it cannot.
 
-    Nothing is written before data and model have been tried.
+    Nothing is written before data and model have been checked.
     """
     output = find_output(config)
     model, tokenizer = rollout.load_policy(config.model, "auto", device)
@@ -1275,8 +1281,8 @@ def set_up(config: Config, rank: int, device: torch.device, cleanup: ExitStack) 
         pool = error_pool.ErrorPool(config.min_variance, config.errors_per_question)
     grader = cleanup.enter_context(reward.Grader())
     return Run(
-        config, rank, device, output, model, tokenizer, tasks, eval_tasks, optimizer, engine,
-        grader, ddp, reference, pool,
+        config, rank, device, output, model, tokenizer, tasks, eval_tasks, optimizer=optimizer,
+        engine=engine, grader=grader, policy=ddp, reference=reference, pool=pool,
     )
 
 
@@ -1305,7 +1311,7 @@ def lock_output(config: Config, output: Path, tasks: list[Task], eval_tasks: lis
     free = set(FREE_TO_CHANGE)
     if config.schedule == "cosine":  # the rate depends on the number of steps
         free.remove("steps")
-    if not (output / "metrics.jsonl").exists():  # the run has not begun
+    if not (output / "metrics.jsonl").exists():  # the run has not begun: all may change
         free = set(settings)
     return rollout.lock_folder(output, settings, free)
 
@@ -1358,7 +1364,7 @@ def try_model(policy: Policy, engine, config: Config, tasks: list[Task], limit: 
         policy.train(model.is_gradient_checkpointing)
         logp, _ = policy(batch.ids, batch.attention, batch.first)
         logp.sum().backward()
-    except Exception as error:  # a model's own code raises what it likes
+    except Exception as error:  # a model's own code may raise anything
         fault = f"--model {config.model} cannot be trained: {type(error).__name__}: {error}"
         raise ValueError(fault) from error
     gap = (logp - batch.engine_logp)[batch.mask].abs().mean().item()

@@ -53,7 +53,9 @@ def head_once(kind):
     before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
     start = time.process_time()
     if kind == "lean":
-        logp, _ = loss.ChunkedLogprobs.apply(hidden, weight, None, targets, 1.0, 1024, None, False)
+        logp, _ = loss.ChunkedLogprobs.apply(
+            hidden, targets, weight, None, 1.0, VOCABULARY, 1024, False
+        )
     else:
         log_probs = torch.log_softmax(hidden @ weight.T, dim=-1)  # the logits are not kept
         logp = log_probs.gather(1, targets[:, None]).squeeze(1)
