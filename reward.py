@@ -1,8 +1,9 @@
 r"""Responses -> R in {0, 1} (Eq. 1), and the two sections of a correction (Eqs. 11, 12).
 
-A right answer that is missed costs a sample; a wrong one that is paid poisons the training. So what
-is in doubt is wrong, and so is what leaves work undone: a policy soon learns to box the question.
-What is not the gold letter for letter goes to a worker: a subprocess, because that can be killed.
+A wrong answer that is paid poisons the training; a right one that is missed costs a sample. So an
+answer in doubt is wrong, and so is one that leaves work to the reader: a policy that is paid for it
+soon boxes the question. Answers that are not the gold letter for letter go to a worker, which is a
+process of its own, because SymPy may hang or eat memory and only a process can be killed.
     >>> grade([r"\boxed{0.5}", r"\boxed{964+494}"], ["1/2", "1458"])
     [1.0, 0.0]
 """
@@ -10,7 +11,9 @@ What is not the gold letter for letter goes to a worker: a subprocess, because t
 import bisect
 import contextlib
 import functools
+import importlib
 import json
+import math
 import os
 import re
 import resource
@@ -22,26 +25,38 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import wait
 from typing import NamedTuple
 
-MEMORY = 2**30  # bytes of address space that a worker may use
+MEMORY = 2**30  # a worker's address space, in bytes
 START = 120.0  # seconds until a worker is ready
 
-# What opens and what closes thinking in today's models. Of gpt-oss's channels, `final` alone is no
-# thinking.
-THINKING = {
+THINKING = {  # the marks that open and close it
     "<think>": "</think>",
     "<thought>": "</thought>",  # EXAONE Deep
     "[THINK]": "[/THINK]",  # Magistral
     "<seed:think>": "</seed:think>",  # Seed-OSS
-    "\u25c1think\u25b7": "\u25c1/think\u25b7",  # Kimi
-    "<|channel|>": "<|channel|>final<|message|>",  # gpt-oss
+    "◁think▷": "◁/think▷",  # Kimi
+    "<|channel|>": "<|channel|>final<|message|>",  # gpt-oss: all channels but the final one
     "<|channel>": "<channel|>",  # Gemma 4
     "<|START_THINKING|>": "<|END_THINKING|>",  # Command A
     "<|inner_prefix|>": "<|inner_suffix|>",  # Apertus
 }
 
 
+class Lazy:
+    """A module that is imported at its first use. Only workers use SymPy; the trainer never does."""
+    def __init__(self, name):
+        self.name = name
+
+    def __getattr__(self, attribute):
+        return getattr(importlib.import_module(self.name), attribute)
+
+
+sympy = Lazy("sympy")
+math_verify = Lazy("math_verify.grader")
+latex2sympy = Lazy("latex2sympy2_extended")
+
+
 def answer_start(text: str) -> int:
-    """Where the answer begins: behind all thinking; at the end of the text if thinking is open."""
+    """Where the answer begins: behind all thinking, and nowhere if thinking never ends."""
     start = 0
     for opening, closing in THINKING.items():
         answer = text.rpartition(closing)[2]
@@ -52,7 +67,7 @@ def answer_start(text: str) -> int:
 
 
 def after_thinking(text: str) -> str:
-    """The answer: all of a text without thinking, nothing of a text whose thinking never ends.
+    """All of a text without thinking, nothing of one whose thinking never ends.
 
     >>> [after_thinking(text) for text in ("<think>2+2</think>It is 4.", "It is 4.", "<think>2+2")]
     ['It is 4.', 'It is 4.', '']
@@ -63,17 +78,12 @@ def after_thinking(text: str) -> str:
 def final_answer(text: str) -> str | None:
     r"""The content of the last \boxed{} after the thinking; None if it is missing or left open."""
     last = text.rfind(r"\boxed")
-    if last < answer_start(text):
-        return None
     body = text[last + len(r"\boxed"):].lstrip()
-    if not body.startswith("{"):
+    if last < answer_start(text) or not body.startswith("{"):
         return None
     depth = 0
     for match in re.finditer(r"\\.|[{}]", body, re.DOTALL):  # an escaped \{ opens nothing
-        if match[0] == "{":
-            depth += 1
-        elif match[0] == "}":
-            depth -= 1
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
         if depth == 0:
             return body[1:match.start()].strip() or None
     return None
@@ -92,21 +102,28 @@ class Grader(contextlib.ExitStack):
         self.deadline = deadline
         self.idle = [None] * workers  # None: a worker that is yet to be started
 
-    def verdicts(self, responses, golds, problems=None):
-        """Each "right", "wrong" or "ungradable": late, out of memory, a gold nobody can read."""
-        problems = problems or [""] * len(golds)
-        pairs, known = [], {}
-        for response, gold, problem in zip(responses, golds, problems, strict=True):
-            pair = gold.strip(), final_answer(response)
-            pairs.append(pair)
-            if pair[1] == pair[0]:
-                known[pair] = "right"
-            elif pair[1] is None or copied(pair[1], problem):
-                known[pair] = "wrong"
-        jobs = [pair for pair in dict.fromkeys(pairs) if pair not in known]  # samples often agree
+    def verdicts(self, responses, golds, problems=None) -> list[str]:
+        """Each "right", "wrong" or "ungradable": late, out of memory, a gold nobody can read.
+
+        With the problems, an answer that is copied out of its problem is wrong, be it equal or not.
+        """
+        pairs = []
+        verdict_of = {}  # samples often agree, and are then marked once
+        for response, gold, problem in zip(
+            responses, golds, problems or [""] * len(golds), strict=True
+        ):
+            gold = gold.strip()
+            answer = final_answer(response)
+            if answer == gold:
+                verdict_of[gold, answer] = "right"
+            elif answer is None or copied(answer, gold, problem):
+                answer = None
+                verdict_of[gold, answer] = "wrong"
+            pairs.append((gold, answer))
+        jobs = [pair for pair in dict.fromkeys(pairs) if pair not in verdict_of]
         with ThreadPoolExecutor(len(self.idle)) as threads:  # they only wait for the workers
-            known.update(zip(jobs, threads.map(self.mark, jobs)))
-        return [known[pair] for pair in pairs]  # Eq. 1
+            verdict_of.update(zip(jobs, threads.map(self.mark, jobs)))
+        return [verdict_of[pair] for pair in pairs]  # Eq. 1
 
     def mark(self, pair):
         """One verdict. A worker has one answer at a time, so no other is lost with it."""
@@ -138,26 +155,19 @@ def ask(worker, job, seconds):
     return worker.stdout.readline().strip() if wait([worker.stdout], seconds) else ""
 
 
-def copied(answer: str, problem: str) -> bool:
-    """Whether the answer is a formula of the question, and not worked out."""
-    return f"${answer}$" in problem
-
-
 class Correction(NamedTuple):
-    """A well-formed correction: token_ids[start:end] is its analysis (Eqs. 11, 12)."""
-
+    """token_ids[start:end] is the analysis (Eq. 12); `solution`, a text, is graded (Eq. 11)."""
     start: int
     end: int
-    solution: str  # the text behind the second header, which is graded
+    solution: str
 
 
-def find_correction(
-    token_ids: list[int], tokenizer, span: str = "sections"
-) -> Correction | None:
-    """The sections of a correction, None if it has not both of them once (Eq. 11).
+def find_correction(token_ids: list[int], tokenizer, span="sections") -> Correction | None:
+    """The sections of a well-formed correction, else None (Eq. 11).
 
-    token_ids[start:end] is the analysis (Eq. 12): the tokens that lie wholly between its headers,
-    which are [ours]; span="prefix": from token 0. Without skip_special_tokens: <think> may be one.
+    The analysis is the tokens that lie wholly between its headers, which are [ours]; with
+    span="prefix" it starts at token 0. Nothing is decoded with skip_special_tokens, because the
+    marks of thinking may be special tokens.
     """
     silent = {getattr(tokenizer, name, None) for name in ("eos_token_id", "pad_token_id")}
 
@@ -170,11 +180,12 @@ def find_correction(
 
     text = text_of(len(token_ids))
     after = answer_start(text)
-    analysis, solution = (list(header(name).finditer(text[after:]))
-                          for name in ("Analysis", "CorrectedSolution"))
+    analysis = list(header("Analysis").finditer(text[after:]))
+    solution = list(header("CorrectedSolution").finditer(text[after:]))
     if len(analysis) != 1 or len(solution) != 1:  # Eq. 11: both, once each
         return None
-    begin, stop = after + analysis[0].end(), after + solution[0].start()
+    begin = after + analysis[0].end()
+    stop = after + solution[0].start()
     if not any(map(str.isalnum, text[begin:stop])):  # nothing between them, or the wrong way round
         return None
     counts = range(len(token_ids) + 1)  # by bisection: each look costs time of order n
@@ -199,7 +210,7 @@ WORD = r"(?:[a-zA-Z]{3,}|[cmkd]m|[km]g|in|ft|yd|oz|mL|sq|[CF]|k?m/[hs])\.?(?:\^\
 UNIT = rf"(?:{TEXT}(?:\s?(?:/|\\cdot)?\s?{TEXT})*|(?<=[\d}} ]){WORD}(?:[ /]{WORD})*)$"
 SI = re.compile(r"[\d}\s](?:\\text\{)?\s*([cmk]?m|[mk]?g|in|ft|yd|m?L|s|min|h)\}?\^?\{?(\d)?\}?$")
 NOTATION = [  # (what is replaced, by what), in this order  # an example
-    ("[−–—]", "-"), ("[·∙]", r"\\cdot "), ("√", "sqrt"), ("∞", r"\\infty "), ("∈", r"\\in "),
+    ("[−–—]", "-"), ("[·∙×⋅∗]", r"\\cdot "), ("÷", r"\\div "), ("√", "sqrt"), ("∞", r"\\infty "), ("∈", r"\\in "),
     (r"\\[()\[\]]|\\?[$€£]|\\text\{\W*\}|^\*\*|\*\*$|\\\\$", ""),         # \$18, \(18\), **18**
     (r"\\(?:left|right|displaystyle|bf|rm)(?![a-zA-Z])|\\!\s*", ""),      # \left(1,2\right)
     (r"(?<!\\)\\[,;: ]|\\q?quad(?![a-z])|~|\s+", " "), (r"  +", " "),     # 1\,000
@@ -207,6 +218,9 @@ NOTATION = [  # (what is replaced, by what), in this order  # an example
     ("⁄", "/"), (r"\*\*", "^"), (r"\\[lc]?dots|\.\.\.", r"\\ldots "),      # n**2, 1, 2, \dots
     (r"\^?(?:°|\\degree|\\circ|\{\\circ\})", " "),                        # 90^\circ
     (r"\\?sqrt\s*(?:\(([^()]*)\)|(\d+|[a-z]))", r"\\sqrt{\1\2}"),         # √12, sqrt(x+1)
+    (r"\\[dtc]frac(?![a-z])", r"\\frac"),
+    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),                  # \frac12
+    (r"(.)\\approx\s*-?\d*\.\d+$", r"\1"),                            # \sqrt{2} \approx 1.41
     (r"(?<![\\a-zA-Z])(pi|sin|cos|tan|log|ln)(?![a-zA-Z])", r"\\\1 "),    # 2*pi
     (r",?\s*\\text\{\s*,?\s*(?:for|where)\b(?:(?!\\text|[,;]).)*$", ""),  # 2n, \text{ for } n > 1
     (r",?\s*(?:\\text\{\s*,?\s*(?:and|or)\s*\}|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z]))", ", "),
@@ -245,71 +259,145 @@ def tidy(text):
     return text.strip()
 
 
-if __name__ == "__main__":  # in a worker, never in the trainer
-    import sympy
-    from latex2sympy2_extended import is_expr_of_only_symbols, latex2sympy2, math_normalization
-    from math_verify import grader
-    from sympy.core.function import AppliedUndef
-
-    class Parser(latex2sympy2._Latex2Sympy):
-        """math-verify's parser, which takes 0.1 for a float and 5(5) for a mixed number."""
-        def parse_number(self, text):
-            return sympy.Rational(text.replace(",", ""))
-
-        def convert_postfix_list(self, factors, i=0):
-            value = super().convert_postfix_list(factors, i)
-            if isinstance(value, sympy.Rational) and i + 1 < len(factors):
-                whole, part = factors[i].getText(), factors[i + 1].getText()
-                if whole != str(value.p // value.q) or not part.startswith(r"\frac"):
-                    raise ValueError("no mixed number")
-            return value
+def skeleton(text: str) -> str:
+    """The text without spaces, brackets and fonts; the ends of a formula become dollars."""
+    text = re.sub(r"\\[\[\]()]|\$+", "$", text)
+    return re.sub(r"[\s{}()]|\\(?:left|right|displaystyle|text|(?=[dt]frac)[dt]|[,;:!])", "", text)
 
 
-def judge(gold, answer):
+def copied(answer: str, gold: str, problem: str) -> bool:
+    """Whether the answer is an expression of the problem, and not the gold in another notation."""
+    if skeleton(tidy(answer)) == skeleton(sides(tidy(gold))[-1]):
+        return False
+    copy = rf"(?<![\w.]){re.escape(skeleton(answer))}(?!\w)"
+    return re.search(copy, skeleton(problem)) is not None
+
+
+# One finished number, its braces and parentheses left out.
+POWER = r"(?![01] ?\^)\d+ ?\^ ?(?!1\b)-?\d+"
+TIMES = r"(?:\\cdot|\\times|\*)"
+TERM = rf"(?:{POWER}|\d+)"
+NUMBER = re.compile(
+    r"[-+]? ?(?:(?:\d+\.?\d*|\.\d+)"                                              # 5.2, 50\%
+    rf"|\d(?:\.\d+)? ?{TIMES} ?10 ?\^ ?[-+]?\d+"                                  # 6 \cdot 10^{-3}
+    rf"|{POWER}(?: ?{TIMES}? ?{POWER})*|(?P<root>\\sqrt ?(?:\[[2-9]\] ?)?\d+)"    # 2^6 3^5, \sqrt{9}
+    rf"|(?P<fraction>(?:\d+ ?)?(?:\\frac ?-? ?{TERM} ?{TERM}"                     # 1\frac{1}{2}
+    rf"|{TERM} ?(?:/|:|\\over|\\div) ?{TERM}))(?: ?\^ ?\d+)?)(?: ?\\%)?"          # (3/4)^2
+)
+
+
+def judge(gold: str, answer: str) -> str:
     """The verdict. 50% is 50, where the question says per cent, and 0.5; but 0.5% is not 0.5."""
     units = [SI.findall(unicodedata.normalize("NFKC", text)) for text in (gold, answer)]
     if all(units) and units[0] != units[1]:
         return "wrong"  # 15 m for 15 cm
-    gold, answer = tidy(gold), tidy(answer)
-    hundredth = [re.sub(r"^(.*)\\%$", r"\\frac{\1}{100}", text) for text in (gold, answer)]
-    number = answer.removesuffix(r"\%")
-    if same(*hundredth) or number[:1] not in "0." and same(gold.removesuffix(r"\%"), number):
+    gold = tidy(gold)
+    answer = tidy(answer)
+    hundredths = [re.sub(r"(.*)\\%", r"\1 \\cdot 10^{-2}", text) for text in (gold, answer)]
+    right = same(hundredths[0], hundredths[1])
+    if not right and r"\%" in gold + answer and not answer.startswith(("0", ".")):
+        right = same(gold.removesuffix(r"\%"), answer.removesuffix(r"\%"))
+    if right and finished(gold, answer):
         return "right"
     return "wrong" if wordy(gold) or read(gold) is not None else "ungradable"
 
 
-def wordy(text):
+def sides(text: str) -> list[str]:
+    """The sides of an equation, or of several in a row."""
+    return re.split(r"(?:(?<![<>!])=|\\equiv)(?![^{}]*\})", text)
+
+
+def finished(gold: str, answer: str) -> bool:
+    """Whether an answer to a gold that is one number is one number too, and nothing to work out.
+
+    A fraction is none for 12, in lowest terms for 1.5 or 50%, any for 3/2.
+    """
+    texts = [re.sub(r"(?:\\?[{}()]|\s)+", " ", text).strip() for text in (gold, *sides(answer))]
+    target, *numbers = map(NUMBER.fullmatch, texts)
+    if not target or target["root"] or target["fraction"]:
+        return not target or target["root"] or any(numbers)
+    for number in filter(None, numbers):
+        terms = re.findall(r"\d+", number["fraction"] or "")
+        if not terms or re.search(r"[.%]", gold) and math.gcd(*map(int, terms)) == 1:
+            return True
+    return False
+
+
+@functools.cache
+def parser_class():
+    """math-verify's parser, which takes 0.1 for a float, 5(5) for a mixed number and 6/2 for 3."""
+    def quotient(value):
+        return sympy.UnevaluatedExpr(value) if isinstance(value, sympy.Integer) else value
+
+    class Parser(latex2sympy.latex2sympy2._Latex2Sympy):
+        def parse_number(self, text):
+            return sympy.Rational(text.replace(",", ""))
+
+        def convert_frac(self, frac):
+            return quotient(super().convert_frac(frac))
+
+        def convert_mp(self, mp):
+            value = super().convert_mp(mp)
+            return quotient(value) if mp.DIV() or mp.CMD_DIV() or mp.COLON() else value
+
+        def convert_postfix_list(self, factors, i=0):
+            value = super().convert_postfix_list(factors, i)
+            if isinstance(value, sympy.Rational) and i + 1 < len(factors):
+                whole = str(value.p // value.q)
+                if factors[i].getText() != whole or factors[i + 1].getText()[:5] != r"\frac":
+                    raise ValueError("no mixed number")
+            return value
+
+    return Parser
+
+
+def wordy(text: str):
     """What is compared as words: math-verify would multiply their letters, and east equal seat."""
     text = re.sub(r"\\(?:begin|end|mathbb)\{\w+\}|\\(?!text|ldots|gcd|lcm)[A-Za-z]+", " ", text)
     words = r"(?i)\\[a-z]|[a-z]{4,}|\d_|:.*:|^[a-j]$|^\d?\d:\d\d$|^(?:yes|no|odd|all)$"
     return re.search(words, text)
 
 
-def same(gold, answer):
+def same(gold: str, answer: str) -> bool:
     """Whether two texts mean the same, and the answer leaves no more undone than the gold."""
     letters = [re.sub(r"\\text\{\s*([^{}]*?)\s*\}", r"\1", text) for text in (gold, answer)]
     letters = [re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text) for text in letters]
     if letters[0] == letters[1] or wordy(gold) or wordy(answer):
         return letters[0].casefold() == letters[1].casefold()
-    a, b = read(gold), read(answer)
+    a = read(gold)
+    b = read(answer)
     if a is None or b is None:
         return False
+    steps = [answer]
     if a.has(sympy.Eq) != b.has(sympy.Eq):
-        a, b = value(a), value(b)
-        answer = re.split(r"=(?![^{}]*\})", answer)[-1]
-    return equal(a, b) and undone(b, answer) <= undone(a, gold)
+        if not isinstance(b, sympy.FiniteSet):
+            steps = sides(answer)
+        a = value(a)
+        b = value(b)
+    if not equal(a, b):
+        return False
+    allowed = undone(a, gold)
+    if len(steps) == 1:
+        return undone(b, answer) <= allowed
+    results = {step: read(step) for step in steps}
+    return any(
+        result is not None and undone(result, step) <= allowed and equal(a, result)
+        for step, result in results.items()
+    )
 
 
 @functools.lru_cache(1000)
-def read(text):
+def read(text: str):
     """A SymPy object; None if the text is not mathematics."""
     if re.fullmatch(r"-?\d+(?:\.\d+)?", text):
         return sympy.Rational(text)
-    tidying = math_normalization.NormalizationConfig(malformed_operators=True, boxed="none")
-    parser = Parser(is_real=True, config=latex2sympy2.ConversionConfig(lowercase_symbols=False))
+    normalization = latex2sympy.math_normalization
+    tidying = normalization.NormalizationConfig(malformed_operators=True, boxed="none")
+    config = latex2sympy.latex2sympy2.ConversionConfig(lowercase_symbols=False)
     text = re.sub(r"(?<![\\a-zA-Z])i(?![a-zA-Z])", "I", text)
     with contextlib.suppress(Exception):  # the parser's own, and whatever SymPy meets in nonsense
-        return parser.parse(math_normalization.normalize_latex(text, tidying))
+        parser = parser_class()(is_real=True, config=config)
+        return parser.parse(normalization.normalize_latex(text, tidying))
 
 
 def value(expression):
@@ -319,12 +407,13 @@ def value(expression):
         if len({part.lhs for part in parts if isinstance(part, sympy.Eq)}) > 1:
             return sympy.Tuple(*map(value, sorted(parts, key=str)))  # y = 2, x = 1
         return expression.func(*map(value, parts))
-    if not grader.is_equation(expression):
+    if not math_verify.is_equation(expression):
         return expression
     links = [expression] if isinstance(expression, sympy.Eq) else parts
-    first, sides = links[0].lhs, [link.rhs for link in links]
-    named = first.free_symbols and is_expr_of_only_symbols(first)
-    if not named and not isinstance(first, AppliedUndef):
+    first = links[0].lhs
+    sides = [link.rhs for link in links]
+    named = first.free_symbols and latex2sympy.is_expr_of_only_symbols(first)
+    if not named and not isinstance(first, sympy.core.function.AppliedUndef):
         sides.insert(0, first)
     return sides[-1] if all(equal(side, sides[-1]) for side in sides) else sympy.nan
 
@@ -339,16 +428,20 @@ def equal(gold, answer):
             return False  # x + 4 = 3x is a step on the way to x = 2
         factor = sympy.simplify((gold.lhs - gold.rhs) / (answer.lhs - answer.rhs))
         return bool(factor.is_number and factor.is_finite and factor != 0)
+    if isinstance(answer, sympy.FiniteSet) and not isinstance(gold, sympy.FiniteSet):
+        if len(getattr(answer, "_unsorted_args", ())) > len(answer.args):
+            return False  # 10, 10 for 10
     if all(isinstance(one, sympy.FiniteSet) for one in both):
         lists = [getattr(one, "_unsorted_args", one.args) for one in both]  # with what occurs twice
         counts = [[sum(equal(one, other) for other in side) for one in lists[0]] for side in lists]
         return len(lists[0]) == len(lists[1]) and counts[0] == counts[1]
-    return grader.sympy_expr_eq(gold, answer, 6, 15, allow_set_relation_comp=True)
+    return math_verify.sympy_expr_eq(gold, answer, 6, 15, allow_set_relation_comp=True)
 
 
 def exact(gold, answer, *digits):
     """Takes the place of math-verify's comparison, to which 2^-99 and 2^-98 are equal."""
-    a, b = gold.doit(), answer.doit()
+    a = gold.doit()
+    b = answer.doit()
     if isinstance(a, sympy.MatrixBase) and isinstance(b, sympy.MatrixBase):
         return a.shape == b.shape and all(map(exact, a.flat(), b.flat()))
     known = isinstance(a - b, sympy.Expr) and not a.has(sympy.nan, sympy.zoo)
@@ -358,39 +451,62 @@ def exact(gold, answer, *digits):
 EAGER = re.compile(  # what the parser does at once, or SymPy later
     r"\\(?:sum|prod|int|lim|max|min|det|[dt]?binom|choose|Gamma|operatorname|phantom|b?mod|cap|\|)"
     r"(?![a-z])|\\frac\{(?:d|\\partial)|[vV]matrix|\|_|e\^\{?\\l|!(?!=)|['?]|\^\{?(?:T|\\top)"
-    r"|\\approx(?!.*\.\d)")
+    r"|-(?:[\s({]|\\frac)*-|e\s?\^\s?(?:i|\{(?=[^}]*(?<![a-z\\])i(?![a-z])))")
 
 
-def undone(expression, text):
+def undone(expression, text: str) -> set:
     """The kinds of work that are left to the reader."""
     kinds = set(EAGER.findall(text))
-    kinds |= expression.free_symbols if isinstance(expression, sympy.Expr) else set()
+    if isinstance(expression, sympy.Expr):
+        kinds |= expression.free_symbols
     for node in sympy.preorder_traversal(expression):
         if isinstance(node, (sympy.MatMul, sympy.MatAdd)):
             kinds.add(node.func)
+        elif isinstance(node, sympy.UnevaluatedExpr) and node.args[0].is_Integer:
+            kinds.add("quotient")  # 48 / 4
         elif isinstance(node, sympy.Add):
-            total = sympy.Add.make_args(sympy.Add(*(term.doit() for term in node.args)))
+            total = sympy.Add.make_args(sympy.Add(*[term.doit() for term in node.args]))
             if len(total) < len(node.args):
                 kinds.add("sum")  # 964 + 494, but not 1 + \sqrt{2}
-        elif isinstance(node, sympy.Mul):  # 2 \cdot 3, but not 2^6 \cdot 3^5, 6 \times 10^{-3}
-            factors = [f.doit() for f in node.args if f.is_number and f != -1 and not (
-                f.is_Pow and f.base.doit().is_Integer and f.exp.is_Integer
-                and f.doit() not in (1, f.base))]
-            product = sympy.Mul.make_args(sympy.Mul(*factors))
-            if len(product) < len(factors) or sum(factor.is_Add for factor in factors) > 1:
-                kinds.add("product")
-        elif isinstance(node, sympy.Function) and node.is_number and node.func != sympy.exp:
-            kinds.add(node.func.__base__)  # \log_2 8, \sin 30; sine and cosine are of one kind
+        elif isinstance(node, sympy.Mul) and multiplies(node):
+            kinds.add("product")
+        elif isinstance(node, sympy.Pow) and node.is_number and not node.base.is_rational:
+            if node.base.is_algebraic and node.exp != -1 and (node.exp.is_Integer or not node.base.is_real):
+                kinds.add("power")  # (1 + i)^2, but not \pi^2
+        elif isinstance(node, sympy.Function) and node.is_number:
+            if node.func != sympy.exp or node.has(sympy.I):
+                kinds.add(node.func.__base__)  # \log_2 8, \sin 30; sine and cosine are of one kind
         elif isinstance(node, sympy.Union) and sympy.Union(*node.args) != node:
             kinds.add("union")  # [1, 3] \cup [2, 5]
     return kinds
 
 
+def multiplies(product) -> bool:
+    r"""2 \cdot 3, \pi \cdot 3^2, (-1)(-x), 6\pi / 2; but not 2^6 3^5, 6 \cdot 10^{-3}, \frac{\pi}{2}."""
+    numbers = [factor for factor in product.args if factor.is_number]
+    powers = [
+        n for n in numbers if n.is_Pow and n.base.doit().is_Integer and n.exp.is_Integer
+        and n.doit() not in (1, n.base)
+    ]
+    others = [n.doit() for n in numbers if n not in powers and n != -1]
+    multiplied = sympy.Mul.make_args(sympy.Mul(*others))
+    if len(multiplied) < len(others) or sum(other.is_Add for other in others) > 1:
+        return True
+    bases = {power.base for power in powers if power.exp != -1}
+    if others and bases - {10} or numbers.count(-1) > 1:
+        return True
+    if any(power.exp == -1 for power in powers) and product.is_number:
+        terms = sympy.Add.make_args(product.doit())
+        return all(term.as_coeff_Mul()[0].is_Integer for term in terms)
+    return False
+
+
 def work():
     """Read jobs from stdin and write verdicts to stdout until the trainer closes the pipe."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    replies, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no reply
-    grader.sympy_numeric_eq = exact
+    replies = sys.stdout
+    sys.stdout = sys.stderr  # what a library prints is no reply
+    importlib.import_module(math_verify.name).sympy_numeric_eq = exact
     for line in sys.stdin:
         gold, answer, deadline = json.loads(line)
         # The trainer kills in time. If it is dead, this ends even C code: SIGALRM has no handler.
