@@ -11,7 +11,6 @@ process of its own, because SymPy may hang or eat memory and only a process can 
 import bisect
 import contextlib
 import functools
-import importlib
 import json
 import math
 import os
@@ -24,6 +23,12 @@ import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import wait
 from typing import NamedTuple
+
+if __name__ == "__main__":  # A worker runs this file. The trainer imports it, without SymPy.
+    import sympy
+    from latex2sympy2_extended import is_expr_of_only_symbols, latex2sympy2, math_normalization
+    from math_verify import grader
+    from sympy.core.function import AppliedUndef
 
 MEMORY = 2**30  # a worker's address space, in bytes
 START = 120.0  # seconds until a worker is ready
@@ -39,20 +44,6 @@ THINKING = {  # the marks that open and close it
     "<|START_THINKING|>": "<|END_THINKING|>",  # Command A
     "<|inner_prefix|>": "<|inner_suffix|>",  # Apertus
 }
-
-
-class Lazy:
-    """A module that is imported at its first use. Only workers use SymPy; the trainer never does."""
-    def __init__(self, name):
-        self.name = name
-
-    def __getattr__(self, attribute):
-        return getattr(importlib.import_module(self.name), attribute)
-
-
-sympy = Lazy("sympy")
-math_verify = Lazy("math_verify.grader")
-latex2sympy = Lazy("latex2sympy2_extended")
 
 
 def answer_start(text: str) -> int:
@@ -209,44 +200,47 @@ TEXT = r"\\text\{(?!\s*[aeijknqruvwxyz]\s*\})(?:[^{},;\d]|\^?\{?-?\d\}?)+\}(?:\s
 WORD = r"(?:[a-zA-Z]{3,}|[cmkd]m|[km]g|in|ft|yd|oz|mL|sq|[CF]|k?m/[hs])\.?(?:\^\{?\d\}?)?"
 UNIT = rf"(?:{TEXT}(?:\s?(?:/|\\cdot)?\s?{TEXT})*|(?<=[\d}} ]){WORD}(?:[ /]{WORD})*)$"
 SI = re.compile(r"[\d}\s](?:\\text\{)?\s*([cmk]?m|[mk]?g|in|ft|yd|m?L|s|min|h)\}?\^?\{?(\d)?\}?$")
-NOTATION = [  # (what is replaced, by what), in this order  # an example
-    ("[−–—]", "-"), ("[·∙×⋅∗]", r"\\cdot "), ("÷", r"\\div "), ("√", "sqrt"), ("∞", r"\\infty "), ("∈", r"\\in "),
-    (r"\\[()\[\]]|\\?[$€£]|\\text\{\W*\}|^\*\*|\*\*$|\\\\$", ""),         # \$18, \(18\), **18**
-    (r"\\(?:left|right|displaystyle|bf|rm)(?![a-zA-Z])|\\!\s*", ""),      # \left(1,2\right)
-    (r"(?<!\\)\\[,;: ]|\\q?quad(?![a-z])|~|\s+", " "), (r"  +", " "),     # 1\,000
-    (r"\\(?:(?:math|text)(?:rm|bf|it|sf)|boldsymbol|bm|emph|mbox)\s?(?=\{)", r"\\text"),
-    ("⁄", "/"), (r"\*\*", "^"), (r"\\[lc]?dots|\.\.\.", r"\\ldots "),      # n**2, 1, 2, \dots
-    (r"\^?(?:°|\\degree|\\circ|\{\\circ\})", " "),                        # 90^\circ
-    (r"\\?sqrt\s*(?:\(([^()]*)\)|(\d+|[a-z]))", r"\\sqrt{\1\2}"),         # √12, sqrt(x+1)
-    (r"\\[dtc]frac(?![a-z])", r"\\frac"),
-    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),                  # \frac12
-    (r"(.)\\approx\s*-?\d*\.\d+$", r"\1"),                            # \sqrt{2} \approx 1.41
-    (r"(?<![\\a-zA-Z])(pi|sin|cos|tan|log|ln)(?![a-zA-Z])", r"\\\1 "),    # 2*pi
-    (r",?\s*\\text\{\s*,?\s*(?:for|where)\b(?:(?!\\text|[,;]).)*$", ""),  # 2n, \text{ for } n > 1
-    (r",?\s*(?:\\text\{\s*,?\s*(?:and|or)\s*\}|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z]))", ", "),
-    (r"\\text\{\s*(?:\\?%|percent)\s*\}|(?<![a-zA-Z\\])percent\b|(?<!\\)%", r"\\%"),
-    (r"\(?\\pmod\s*\{?\d+\}?\)?$", ""),                                   # 9 \pmod{11}
-    (r"(?i)\\varnothing|\\\{\s*\\\}|^(?:\\text\{)?no (?:real )?solutions?\}?$", r"\\emptyset "),
-    (r"^0?(\d+:\d\d)(?:\s?(?:\\text\{)?\s*[ap]\.?m\.?\s*\}?)?$", r"\1"),  # 1:58 a.m.
-    (r"[\s.,;:]+(\}?)$", r"\1"), (r"^\s+", ""),                           # 5., \text{Yes.}
-    (rf"(?<=[\w}})\]%])\s?(?!.*{CHANGE}){UNIT}", ""),                     # 5 cm, 9.8\text{ m/s}^2
-    (r"(?<=\d)(?:\^\{?)?(?:\\text\{)?(?:st|nd|rd|th)\}*$", ""),           # 23rd, 4^{\text{th}}
-    (r"\\text\{\s*([-+]?[\d.,]+|[A-Za-z]|\(?[A-Z][).:]*)\s*\}", r"\1"),   # \text{(A)}
-    (r"^\(?([A-J])(?:\)|\s?[.:])+\s?(?!\\text)(?:\\[a-z]+|[^A-Za-z])*$", r"\1"),  # (B) 12
-    (r"(?<![\d.,(\[])(?<!\\\{)\d{1,3}(?:(?:[ ,]|\s?\{,\}\s?)\d{3})+(?!\d|,\d|\s?[)\]]|\s?\\\})",
-     lambda number: re.sub("[ ,{}]", "", number[0])),                     # 1,000, but not (1,234)
-    (r"(?<=\d)\s?[eE]([+-]?\d+)(?!\d)", r"\\cdot 10^{\1}"),               # 1.5e3
-    (r"(?<!\d)(\d+) (\d+)/(\d+)(?!\d)", r"\1\\frac{\2}{\3}"),             # 1 1/2
-    (r"(\d+)\.(\d*)\\(?:overline|bar|dot)\s?\{?(\d+)\}?",                 # 0.1\overline{6} = 15/90
-     lambda m: rf"\frac{{{int(m[1] + m[2] + m[3]) - int(m[1] + m[2])}}}"
-               rf"{{{'9' * len(m[3])}{'0' * len(m[2])}}}"),
-    (r"^\(?(\d\w*)\)?_\{?(\d+)\}?$", r"\1_\2"), (r"_\{(\w)\}", r"_\1"),   # (101)_{2}, E_{1}
-    (r"(^|,|\\\{)((?:(?!\\\{)[^,;])*)\\pm([^,;]*?)(?=,|;|$|\\\})", r"\1\2+\3,\2-\3"),  # 1 \pm i
-    (r"^(?:[A-Za-z](?:_\w)?)?\s?\\approx", ""),                           # x \approx 8.24
-    (r"^([^=]+)=\s?([A-Za-z](?:_\w)?)$", r"\2=\1"),                       # 5 = x
-    (r"^\\begin\{[pb]matrix\}([^&]*?)(?:\\\\)?\s?\\end\{[pb]matrix\}$",
-     lambda column: "(" + column[1].replace(r"\\", ",") + ")"),
-]
+NOTATION = r"""
+[−–—] => -   [·∙×⋅∗] => \\cdot~   ÷ => \\div~   √ => sqrt   ∞ => \\infty~   ∈ => \\in~
+\\[()\[\]]|\\?[$€£]|\\text\{\W*\}|^\*\*|\*\*$|\\\\$ =>                # \$18, \(18\), **18**
+\\(?:left|right|displaystyle|bf|rm)(?![a-zA-Z])|\\!\s* =>               # \left(1,2\right)
+(?<!\\)\\[,;: ]|\\q?quad(?![a-z])|~|\s+ => ~   [ ][ ]+ => ~             # 1\,000
+\\(?:(?:math|text)(?:rm|bf|it|sf)|boldsymbol|bm|emph|mbox)\s?(?=\{) => \\text
+⁄ => /   \*\* => ^   \\[lc]?dots|\.\.\. => \\ldots~                     # n**2, 1, 2, \dots
+\^?(?:°|\\degree|\\circ|\{\\circ\}) => ~                              # 90^\circ
+\\?sqrt\s*(?:\(([^()]*)\)|(\d+|[a-z])) => \\sqrt{\1\2}                # √12, sqrt(x+1)
+\\[dtc]frac(?![a-z]) => \\frac   \\frac\s*(\d)\s*(\d) => \\frac{\1}{\2}   # \dfrac12
+(.)\\approx\s*-?\d*\.\d+$ => \1                                         # \sqrt{2} \approx 1.41
+(?<![\\a-zA-Z])(pi|sin|cos|tan|log|ln)(?![a-zA-Z]) => \\\1~             # 2*pi
+,?\s*\\text\{\s*,?\s*(?:for|where)\b(?:(?!\\text|[,;]).)*$ =>          # 2n, \text{ for } n > 1
+,?\s*(?:\\text\{\s*,?\s*(?:and|or)\s*\}|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])) => ,~
+\\text\{\s*(?:\\?%|percent)\s*\}|(?<![a-zA-Z\\])percent\b|(?<!\\)% => \\%
+\(?\\pmod\s*\{?\d+\}?\)?$ =>                                          # 9 \pmod{11}
+(?i)\\varnothing|\\\{\s*\\\}|^(?:\\text\{)?no (?:real )?solutions?\}?$ => \\emptyset~
+^0?(\d+:\d\d)(?:\s?(?:\\text\{)?\s*[ap]\.?m\.?\s*\}?)?$ => \1         # 1:58 a.m.
+[\s.,;:]+(\}?)$ => \1   ^\s+ =>                                        # 5., \text{Yes.}
+(?<=[\w})\]%])\s?(?!.*CHANGE)UNIT =>                               # 5 cm, 9.8\text{ m/s}^2
+(?<=\d)(?:\^\{?)?(?:\\text\{)?(?:st|nd|rd|th)\}*$ =>                 # 23rd, 4^{\text{th}}
+\\text\{\s*([-+]?[\d.,]+|[A-Za-z]|\(?[A-Z][).:]*)\s*\} => \1          # \text{(A)}
+^\(?([A-J])(?:\)|\s?[.:])+\s?(?!\\text)(?:\\[a-z]+|[^A-Za-z])*$ => \1   # (B) 12
+(?<![\d.,(\[])(?<!\\\{)\d{1,3}(?:(?:[ ,]|\s?\{,\}\s?)\d{3})+(?!\d|,\d|\s?[)\]]|\s?\\\}) => JOIN
+(?<=\d)\s?[eE]([+-]?\d+)(?!\d) => \\cdot 10^{\1}                      # 1.5e3
+(?<!\d)(\d+) (\d+)/(\d+)(?!\d) => \1\\frac{\2}{\3}                  # 1 1/2
+(\d+)\.(\d*)\\(?:overline|bar|dot)\s?\{?(\d+)\}? => REPEAT            # 0.1\overline{6} = 15/90
+^\(?(\d\w*)\)?_\{?(\d+)\}?$ => \1_\2   _\{(\w)\} => _\1             # (101)_{2}, E_{1}
+(^|,|\\\{)((?:(?!\\\{)[^,;])*)\\pm([^,;]*?)(?=,|;|$|\\\}) => \1\2+\3,\2-\3   # 1 \pm i
+^(?:[A-Za-z](?:_\w)?)?\s?\\approx =>                                    # x \approx 8.24
+^([^=]+)=\s?([A-Za-z](?:_\w)?)$ => \2=\1                                # 5 = x
+^\\begin\{[pb]matrix\}([^&]*?)(?:\\\\)?\s?\\end\{[pb]matrix\}$ => COLUMN
+""".replace("CHANGE", CHANGE).replace("UNIT", UNIT)
+FUNCTIONS = {
+    "JOIN": lambda number: re.sub("[ ,{}]", "", number[0]),               # 1,000, but not (1,234)
+    "REPEAT": lambda m: rf"\frac{{{int(m[1] + m[2] + m[3]) - int(m[1] + m[2])}}}"
+                        rf"{{{'9' * len(m[3])}{'0' * len(m[2])}}}",
+    "COLUMN": lambda column: "(" + column[1].replace(r"\\", ",") + ")",
+}
+RULES = re.findall(
+    "(?m)(\\S.*?) => ?(\\S*(?: \\S+)*?)(?= {3}|$)", re.sub("(?m) +# .*", "", NOTATION))
 
 
 def tidy(text):
@@ -254,23 +248,26 @@ def tidy(text):
     for letters, form in (("[⁰¹²³⁴-⁹⁻]+", "^{%s}"), ("[₀-₉]+", "_{%s}"), ("[¼-¾⅐-⅞]", " %s")):
         text = re.sub(letters, lambda m: form % unicodedata.normalize("NFKC", m[0]), text)
     text = unicodedata.normalize("NFKC", text)
-    for pattern, replacement in NOTATION:
-        text = re.sub(pattern, replacement, text)
+    for pattern, replacement in RULES:
+        text = re.sub(pattern, FUNCTIONS.get(replacement, replacement.replace("~", " ")), text)
     return text.strip()
 
 
 def skeleton(text: str) -> str:
     """The text without spaces, brackets and fonts; the ends of a formula become dollars."""
-    text = re.sub(r"\\[\[\]()]|\$+", "$", text)
-    return re.sub(r"[\s{}()]|\\(?:left|right|displaystyle|text|(?=[dt]frac)[dt]|[,;:!])", "", text)
+    text = re.sub(r"\\[\[\]()]|\$+", "$", re.sub(r"\\[dt]frac", r"\\frac", text))
+    return re.sub(r"[\s{}()]|\\(?:left|right|displaystyle|text|[,;:!])", "", text)
 
 
 def copied(answer: str, gold: str, problem: str) -> bool:
-    """Whether the answer is an expression of the problem, and not the gold in another notation."""
+    """Whether the answer is an expression of the problem, and the gold another one."""
+    formula = skeleton(answer)
+    text = skeleton(problem)
+    if f"${formula}$" in text:
+        return formula != skeleton(sides(gold)[-1])
     if skeleton(tidy(answer)) == skeleton(sides(tidy(gold))[-1]):
         return False
-    copy = rf"(?<![\w.]){re.escape(skeleton(answer))}(?!\w)"
-    return re.search(copy, skeleton(problem)) is not None
+    return re.search(rf"(?<![\w.]){re.escape(formula)}(?!\w)", text) is not None
 
 
 # One finished number, its braces and parentheses left out.
@@ -280,7 +277,7 @@ TERM = rf"(?:{POWER}|\d+)"
 NUMBER = re.compile(
     r"[-+]? ?(?:(?:\d+\.?\d*|\.\d+)"                                              # 5.2, 50\%
     rf"|\d(?:\.\d+)? ?{TIMES} ?10 ?\^ ?[-+]?\d+"                                  # 6 \cdot 10^{-3}
-    rf"|{POWER}(?: ?{TIMES}? ?{POWER})*|(?P<root>\\sqrt ?(?:\[[2-9]\] ?)?\d+)"    # 2^6 3^5, \sqrt{9}
+    rf"|{POWER}(?: ?{TIMES}? ?{POWER})*|(?P<root>\\sqrt ?(?:\[[2-9]\] ?)?\d+)"    # 2^6 3^5
     rf"|(?P<fraction>(?:\d+ ?)?(?:\\frac ?-? ?{TERM} ?{TERM}"                     # 1\frac{1}{2}
     rf"|{TERM} ?(?:/|:|\\over|\\div) ?{TERM}))(?: ?\^ ?\d+)?)(?: ?\\%)?"          # (3/4)^2
 )
@@ -329,7 +326,7 @@ def parser_class():
     def quotient(value):
         return sympy.UnevaluatedExpr(value) if isinstance(value, sympy.Integer) else value
 
-    class Parser(latex2sympy.latex2sympy2._Latex2Sympy):
+    class Parser(latex2sympy2._Latex2Sympy):
         def parse_number(self, text):
             return sympy.Rational(text.replace(",", ""))
 
@@ -368,21 +365,16 @@ def same(gold: str, answer: str) -> bool:
     b = read(answer)
     if a is None or b is None:
         return False
-    steps = [answer]
+    results = {answer: b}
     if a.has(sympy.Eq) != b.has(sympy.Eq):
-        if not isinstance(b, sympy.FiniteSet):
-            steps = sides(answer)
         a = value(a)
-        b = value(b)
-    if not equal(a, b):
-        return False
+        results[answer] = value(b)
+        if results[answer] is not sympy.nan and not isinstance(b, sympy.FiniteSet):
+            results = {side: read(side) for side in sides(answer)}  # true, so all sides are equal
     allowed = undone(a, gold)
-    if len(steps) == 1:
-        return undone(b, answer) <= allowed
-    results = {step: read(step) for step in steps}
     return any(
-        result is not None and undone(result, step) <= allowed and equal(a, result)
-        for step, result in results.items()
+        result is not None and undone(result, text) <= allowed and equal(a, result)
+        for text, result in results.items()
     )
 
 
@@ -391,13 +383,12 @@ def read(text: str):
     """A SymPy object; None if the text is not mathematics."""
     if re.fullmatch(r"-?\d+(?:\.\d+)?", text):
         return sympy.Rational(text)
-    normalization = latex2sympy.math_normalization
-    tidying = normalization.NormalizationConfig(malformed_operators=True, boxed="none")
-    config = latex2sympy.latex2sympy2.ConversionConfig(lowercase_symbols=False)
+    tidying = math_normalization.NormalizationConfig(malformed_operators=True, boxed="none")
+    config = latex2sympy2.ConversionConfig(lowercase_symbols=False)
     text = re.sub(r"(?<![\\a-zA-Z])i(?![a-zA-Z])", "I", text)
     with contextlib.suppress(Exception):  # the parser's own, and whatever SymPy meets in nonsense
         parser = parser_class()(is_real=True, config=config)
-        return parser.parse(normalization.normalize_latex(text, tidying))
+        return parser.parse(math_normalization.normalize_latex(text, tidying))
 
 
 def value(expression):
@@ -407,13 +398,13 @@ def value(expression):
         if len({part.lhs for part in parts if isinstance(part, sympy.Eq)}) > 1:
             return sympy.Tuple(*map(value, sorted(parts, key=str)))  # y = 2, x = 1
         return expression.func(*map(value, parts))
-    if not math_verify.is_equation(expression):
+    if not grader.is_equation(expression):
         return expression
     links = [expression] if isinstance(expression, sympy.Eq) else parts
     first = links[0].lhs
     sides = [link.rhs for link in links]
-    named = first.free_symbols and latex2sympy.is_expr_of_only_symbols(first)
-    if not named and not isinstance(first, sympy.core.function.AppliedUndef):
+    named = first.free_symbols and is_expr_of_only_symbols(first)
+    if not named and not isinstance(first, AppliedUndef):
         sides.insert(0, first)
     return sides[-1] if all(equal(side, sides[-1]) for side in sides) else sympy.nan
 
@@ -428,14 +419,16 @@ def equal(gold, answer):
             return False  # x + 4 = 3x is a step on the way to x = 2
         factor = sympy.simplify((gold.lhs - gold.rhs) / (answer.lhs - answer.rhs))
         return bool(factor.is_number and factor.is_finite and factor != 0)
-    if isinstance(answer, sympy.FiniteSet) and not isinstance(gold, sympy.FiniteSet):
-        if len(getattr(answer, "_unsorted_args", ())) > len(answer.args):
-            return False  # 10, 10 for 10
+    for one, other in (both, both[::-1]):
+        written = getattr(one, "_unsorted_args", one.args)  # with what is written twice
+        if isinstance(one, sympy.FiniteSet) and not isinstance(other, sympy.FiniteSet):
+            if len(written) > len(one.args) or len(written) > 1 and isinstance(other, sympy.Expr):
+                return False  # 10, 10 for 10
     if all(isinstance(one, sympy.FiniteSet) for one in both):
         lists = [getattr(one, "_unsorted_args", one.args) for one in both]  # with what occurs twice
         counts = [[sum(equal(one, other) for other in side) for one in lists[0]] for side in lists]
         return len(lists[0]) == len(lists[1]) and counts[0] == counts[1]
-    return math_verify.sympy_expr_eq(gold, answer, 6, 15, allow_set_relation_comp=True)
+    return grader.sympy_expr_eq(gold, answer, 6, 15, allow_set_relation_comp=True)
 
 
 def exact(gold, answer, *digits):
@@ -451,7 +444,8 @@ def exact(gold, answer, *digits):
 EAGER = re.compile(  # what the parser does at once, or SymPy later
     r"\\(?:sum|prod|int|lim|max|min|det|[dt]?binom|choose|Gamma|operatorname|phantom|b?mod|cap|\|)"
     r"(?![a-z])|\\frac\{(?:d|\\partial)|[vV]matrix|\|_|e\^\{?\\l|!(?!=)|['?]|\^\{?(?:T|\\top)"
-    r"|-(?:[\s({]|\\frac)*-|e\s?\^\s?(?:i|\{(?=[^}]*(?<![a-z\\])i(?![a-z])))")
+    r"|-(?:[\s({]|\\frac)*-|\\(?:pi|sqrt)[^,;+-]*\d\s?\^\s?\{?\d|\d\s?\^\s?\{?\d[^,;+-]*\\(?:pi|sqrt)"
+    r"|e\s?\^\s?(?:i|\{(?=[^}]*(?<![a-z\\])i(?![a-z])))")
 
 
 def undone(expression, text: str) -> set:
@@ -471,7 +465,7 @@ def undone(expression, text: str) -> set:
         elif isinstance(node, sympy.Mul) and multiplies(node):
             kinds.add("product")
         elif isinstance(node, sympy.Pow) and node.is_number and not node.base.is_rational:
-            if node.base.is_algebraic and node.exp != -1 and (node.exp.is_Integer or not node.base.is_real):
+            if node.base.is_algebraic and node.exp.is_Integer and node.exp != -1:
                 kinds.add("power")  # (1 + i)^2, but not \pi^2
         elif isinstance(node, sympy.Function) and node.is_number:
             if node.func != sympy.exp or node.has(sympy.I):
@@ -482,23 +476,21 @@ def undone(expression, text: str) -> set:
 
 
 def multiplies(product) -> bool:
-    r"""2 \cdot 3, \pi \cdot 3^2, (-1)(-x), 6\pi / 2; but not 2^6 3^5, 6 \cdot 10^{-3}, \frac{\pi}{2}."""
+    r"""2 \cdot 3, (-1)(-x), 6\pi / 2; but not 2^6 3^5, 6 \cdot 10^{-3}, 5\pi / 2."""
     numbers = [factor for factor in product.args if factor.is_number]
     powers = [
         n for n in numbers if n.is_Pow and n.base.doit().is_Integer and n.exp.is_Integer
         and n.doit() not in (1, n.base)
     ]
-    others = [n.doit() for n in numbers if n not in powers and n != -1]
-    multiplied = sympy.Mul.make_args(sympy.Mul(*others))
-    if len(multiplied) < len(others) or sum(other.is_Add for other in others) > 1:
+    factors = [n.doit() for n in numbers if n not in powers and n != -1]
+    multiplied = sympy.Mul.make_args(sympy.Mul(*factors))
+    if len(multiplied) < len(factors) or sum(bool(n.is_negative) for n in numbers) > 1:
         return True
-    bases = {power.base for power in powers if power.exp != -1}
-    if others and bases - {10} or numbers.count(-1) > 1:
+    if sum(factor.is_Add for factor in factors) > 1:
         return True
-    if any(power.exp == -1 for power in powers) and product.is_number:
-        terms = sympy.Add.make_args(product.doit())
-        return all(term.as_coeff_Mul()[0].is_Integer for term in terms)
-    return False
+    quotient = product.is_number and any(power.exp == -1 for power in powers)
+    terms = sympy.Add.make_args(product.doit())
+    return quotient and all(term.as_coeff_Mul()[0].is_Integer for term in terms)
 
 
 def work():
@@ -506,7 +498,7 @@ def work():
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     replies = sys.stdout
     sys.stdout = sys.stderr  # what a library prints is no reply
-    importlib.import_module(math_verify.name).sympy_numeric_eq = exact
+    grader.sympy_numeric_eq = exact
     for line in sys.stdin:
         gold, answer, deadline = json.loads(line)
         # The trainer kills in time. If it is dead, this ends even C code: SIGALRM has no handler.
