@@ -98,28 +98,23 @@ class Grader(contextlib.ExitStack):
 
         With the problems, an answer that is copied out of its problem is wrong, be it equal or not.
         """
-        pairs = []
-        verdict_of = {}  # samples often agree, and are then marked once
-        for response, gold, problem in zip(
-            responses, golds, problems or [""] * len(golds), strict=True
-        ):
-            gold = gold.strip()
-            answer = final_answer(response)
-            if answer == gold:
-                verdict_of[gold, answer] = "right"
-            elif answer is None or copied(answer, gold, problem):
-                answer = None
-                verdict_of[gold, answer] = "wrong"
-            pairs.append((gold, answer))
-        jobs = [pair for pair in dict.fromkeys(pairs) if pair not in verdict_of]
+        jobs = []
+        verdict_of = {}
+        problems = problems or [""] * len(golds)
+        for response, gold, problem in zip(responses, golds, problems, strict=True):
+            job = (gold.strip(), final_answer(response), problem)
+            if job[1] in (job[0], None):
+                verdict_of[job] = "right" if job[1] else "wrong"
+            jobs.append(job)
+        todo = [job for job in dict.fromkeys(jobs) if job not in verdict_of]  # samples often agree
         with ThreadPoolExecutor(len(self.idle)) as threads:  # they only wait for the workers
-            verdict_of.update(zip(jobs, threads.map(self.mark, jobs)))
-        return [verdict_of[pair] for pair in pairs]  # Eq. 1
+            verdict_of.update(zip(todo, threads.map(self.mark, todo)))
+        return [verdict_of[job] for job in jobs]  # Eq. 1
 
-    def mark(self, pair):
+    def mark(self, job: tuple[str, str, str]) -> str:
         """One verdict. A worker has one answer at a time, so no other is lost with it."""
         worker = self.idle.pop() or self.start()
-        verdict = ask(worker, [*pair, self.deadline], self.deadline)
+        verdict = ask(worker, [*job, self.deadline], self.deadline)
         if not verdict:
             worker.kill()
             worker.communicate()
@@ -134,13 +129,13 @@ class Grader(contextlib.ExitStack):
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         self.callback(worker.communicate)
         self.callback(worker.kill)
-        if ask(worker, ["y=2x+1", "y-2x=1", START], START) != "right":
+        if ask(worker, ["y=2x+1", "y-2x=1", "", START], START) != "right":
             raise RuntimeError(f"a grading worker did not start; see {' '.join(worker.args)}")
         return worker
 
 
 def ask(worker, job, seconds):
-    """The verdict on [gold, answer, deadline], one short line; "" if the worker is late or dead."""
+    """The verdict on [gold, answer, problem, deadline]; "" if the worker is late or dead."""
     with contextlib.suppress(OSError):
         print(json.dumps(job), file=worker.stdin, flush=True)
     return worker.stdout.readline().strip() if wait([worker.stdout], seconds) else ""
@@ -200,37 +195,39 @@ TEXT = r"\\text\{(?!\s*[aeijknqruvwxyz]\s*\})(?:[^{},;\d]|\^?\{?-?\d\}?)+\}(?:\s
 WORD = r"(?:[a-zA-Z]{3,}|[cmkd]m|[km]g|in|ft|yd|oz|mL|sq|[CF]|k?m/[hs])\.?(?:\^\{?\d\}?)?"
 UNIT = rf"(?:{TEXT}(?:\s?(?:/|\\cdot)?\s?{TEXT})*|(?<=[\d}} ]){WORD}(?:[ /]{WORD})*)$"
 SI = re.compile(r"[\d}\s](?:\\text\{)?\s*([cmk]?m|[mk]?g|in|ft|yd|m?L|s|min|h)\}?\^?\{?(\d)?\}?$")
+# Pattern => replacement, in which ~ is a space; one after another, then an example of the line.
 NOTATION = r"""
-[−–—] => -   [·∙×⋅∗] => \\cdot~   ÷ => \\div~   √ => sqrt   ∞ => \\infty~   ∈ => \\in~
-\\[()\[\]]|\\?[$€£]|\\text\{\W*\}|^\*\*|\*\*$|\\\\$ =>                # \$18, \(18\), **18**
-\\(?:left|right|displaystyle|bf|rm)(?![a-zA-Z])|\\!\s* =>               # \left(1,2\right)
-(?<!\\)\\[,;: ]|\\q?quad(?![a-z])|~|\s+ => ~   [ ][ ]+ => ~             # 1\,000
+[−–—] => -   [·∙×⋅∗] => \\cdot~   ÷ => \\div~   ⁄ => /
+√ => sqrt   ∞ => \\infty~   ∈ => \\in~
+\\[()\[\]]|\\?[$€£]|\\text\{\W*\}|^\*\*|\*\*$|\\\\$ =>                   # \$18, \(18\), **18**
+\\(?:left|right|displaystyle|bf|rm)(?![a-zA-Z])|\\!\s* =>                # \left(1,2\right)
+(?<!\\)\\[,;: ]|\\q?quad(?![a-z])|~|\s+ => ~   [ ][ ]+ => ~              # 1\,000
 \\(?:(?:math|text)(?:rm|bf|it|sf)|boldsymbol|bm|emph|mbox)\s?(?=\{) => \\text
-⁄ => /   \*\* => ^   \\[lc]?dots|\.\.\. => \\ldots~                     # n**2, 1, 2, \dots
-\^?(?:°|\\degree|\\circ|\{\\circ\}) => ~                              # 90^\circ
-\\?sqrt\s*(?:\(([^()]*)\)|(\d+|[a-z])) => \\sqrt{\1\2}                # √12, sqrt(x+1)
-\\[dtc]frac(?![a-z]) => \\frac   \\frac\s*(\d)\s*(\d) => \\frac{\1}{\2}   # \dfrac12
-(.)\\approx\s*-?\d*\.\d+$ => \1                                         # \sqrt{2} \approx 1.41
-(?<![\\a-zA-Z])(pi|sin|cos|tan|log|ln)(?![a-zA-Z]) => \\\1~             # 2*pi
-,?\s*\\text\{\s*,?\s*(?:for|where)\b(?:(?!\\text|[,;]).)*$ =>          # 2n, \text{ for } n > 1
+\*\* => ^   \\[lc]?dots|\.\.\. => \\ldots~                               # n**2, 1, 2, \dots
+\^?(?:°|\\degree|\\circ|\{\\circ\}) => ~                                 # 90^\circ
+\\?sqrt\s*(?:\(([^()]*)\)|(\d+|[a-z])) => \\sqrt{\1\2}                   # √12, sqrt(x+1)
+\\[dtc]frac(?![a-z]) => \\frac   \\frac\s*(\d)\s*(\d) => \\frac{\1}{\2}  # \dfrac12
+(.)\\approx\s*-?\d*\.\d+$ => \1                                          # \sqrt{2} \approx 1.41
+(?<![\\a-zA-Z])(pi|sin|cos|tan|log|ln)(?![a-zA-Z]) => \\\1~              # 2*pi
+,?\s*\\text\{\s*,?\s*(?:for|where)\b(?:(?!\\text|[,;]).)*$ =>            # 2n, \text{ for } n > 1
 ,?\s*(?:\\text\{\s*,?\s*(?:and|or)\s*\}|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])) => ,~
 \\text\{\s*(?:\\?%|percent)\s*\}|(?<![a-zA-Z\\])percent\b|(?<!\\)% => \\%
-\(?\\pmod\s*\{?\d+\}?\)?$ =>                                          # 9 \pmod{11}
+\(?\\pmod\s*\{?\d+\}?\)?$ =>                                             # 9 \pmod{11}
 (?i)\\varnothing|\\\{\s*\\\}|^(?:\\text\{)?no (?:real )?solutions?\}?$ => \\emptyset~
-^0?(\d+:\d\d)(?:\s?(?:\\text\{)?\s*[ap]\.?m\.?\s*\}?)?$ => \1         # 1:58 a.m.
-[\s.,;:]+(\}?)$ => \1   ^\s+ =>                                        # 5., \text{Yes.}
-(?<=[\w})\]%])\s?(?!.*CHANGE)UNIT =>                               # 5 cm, 9.8\text{ m/s}^2
-(?<=\d)(?:\^\{?)?(?:\\text\{)?(?:st|nd|rd|th)\}*$ =>                 # 23rd, 4^{\text{th}}
-\\text\{\s*([-+]?[\d.,]+|[A-Za-z]|\(?[A-Z][).:]*)\s*\} => \1          # \text{(A)}
-^\(?([A-J])(?:\)|\s?[.:])+\s?(?!\\text)(?:\\[a-z]+|[^A-Za-z])*$ => \1   # (B) 12
+^0?(\d+:\d\d)(?:\s?(?:\\text\{)?\s*[ap]\.?m\.?\s*\}?)?$ => \1            # 1:58 a.m.
+[\s.,;:]+(\}?)$ => \1   ^\s+ =>                                          # 5., \text{Yes.}
+(?<=[\w})\]%])\s?(?!.*CHANGE)UNIT =>                                     # 5 cm, 9.8\text{ m/s}^2
+(?<=\d)(?:\^\{?)?(?:\\text\{)?(?:st|nd|rd|th)\}*$ =>                     # 23rd, 4^{\text{th}}
+\\text\{\s*([-+]?[\d.,]+|[A-Za-z]|\(?[A-Z][).:]*)\s*\} => \1             # \text{(A)}
+^\(?([A-J])(?:\)|\s?[.:])+\s?(?!\\text)(?:\\[a-z]+|[^A-Za-z])*$ => \1    # (B) 12
 (?<![\d.,(\[])(?<!\\\{)\d{1,3}(?:(?:[ ,]|\s?\{,\}\s?)\d{3})+(?!\d|,\d|\s?[)\]]|\s?\\\}) => JOIN
-(?<=\d)\s?[eE]([+-]?\d+)(?!\d) => \\cdot 10^{\1}                      # 1.5e3
-(?<!\d)(\d+) (\d+)/(\d+)(?!\d) => \1\\frac{\2}{\3}                  # 1 1/2
-(\d+)\.(\d*)\\(?:overline|bar|dot)\s?\{?(\d+)\}? => REPEAT            # 0.1\overline{6} = 15/90
-^\(?(\d\w*)\)?_\{?(\d+)\}?$ => \1_\2   _\{(\w)\} => _\1             # (101)_{2}, E_{1}
+(?<=\d)\s?[eE]([+-]?\d+)(?!\d) => \\cdot 10^{\1}                         # 1.5e3
+(?<!\d)(\d+) (\d+)/(\d+)(?!\d) => \1\\frac{\2}{\3}                       # 1 1/2
+(\d+)\.(\d*)\\(?:overline|bar|dot)\s?\{?(\d+)\}? => REPEAT               # 0.1\overline{6} = 15/90
+^\(?(\d\w*)\)?_\{?(\d+)\}?$ => \1_\2   _\{(\w)\} => _\1                  # (101)_{2}, E_{1}
 (^|,|\\\{)((?:(?!\\\{)[^,;])*)\\pm([^,;]*?)(?=,|;|$|\\\}) => \1\2+\3,\2-\3   # 1 \pm i
-^(?:[A-Za-z](?:_\w)?)?\s?\\approx =>                                    # x \approx 8.24
-^([^=]+)=\s?([A-Za-z](?:_\w)?)$ => \2=\1                                # 5 = x
+^(?:[A-Za-z](?:_\w)?)?\s?\\approx =>                                     # x \approx 8.24
+^([^=]+)=\s?([A-Za-z](?:_\w)?)$ => \2=\1                                 # 5 = x
 ^\\begin\{[pb]matrix\}([^&]*?)(?:\\\\)?\s?\\end\{[pb]matrix\}$ => COLUMN
 """.replace("CHANGE", CHANGE).replace("UNIT", UNIT)
 FUNCTIONS = {
@@ -261,8 +258,10 @@ def skeleton(text: str) -> str:
 
 def copied(answer: str, gold: str, problem: str) -> bool:
     """Whether the answer is an expression of the problem, and the gold another one."""
-    formula = skeleton(answer)
     text = skeleton(problem)
+    formula = skeleton(answer)
+    if not text:
+        return False
     if f"${formula}$" in text:
         return formula != skeleton(sides(gold)[-1])
     if skeleton(tidy(answer)) == skeleton(sides(tidy(gold))[-1]):
@@ -283,10 +282,10 @@ NUMBER = re.compile(
 )
 
 
-def judge(gold: str, answer: str) -> str:
+def judge(gold: str, answer: str, problem: str) -> str:
     """The verdict. 50% is 50, where the question says per cent, and 0.5; but 0.5% is not 0.5."""
     units = [SI.findall(unicodedata.normalize("NFKC", text)) for text in (gold, answer)]
-    if all(units) and units[0] != units[1]:
+    if all(units) and units[0] != units[1] or copied(answer, gold, problem):
         return "wrong"  # 15 m for 15 cm
     gold = tidy(gold)
     answer = tidy(answer)
@@ -402,11 +401,11 @@ def value(expression):
         return expression
     links = [expression] if isinstance(expression, sympy.Eq) else parts
     first = links[0].lhs
-    sides = [link.rhs for link in links]
+    values = [link.rhs for link in links]
     named = first.free_symbols and is_expr_of_only_symbols(first)
     if not named and not isinstance(first, AppliedUndef):
-        sides.insert(0, first)
-    return sides[-1] if all(equal(side, sides[-1]) for side in sides) else sympy.nan
+        values.insert(0, first)
+    return values[-1] if all(equal(one, values[-1]) for one in values) else sympy.nan
 
 
 def equal(gold, answer):
@@ -444,8 +443,8 @@ def exact(gold, answer, *digits):
 EAGER = re.compile(  # what the parser does at once, or SymPy later
     r"\\(?:sum|prod|int|lim|max|min|det|[dt]?binom|choose|Gamma|operatorname|phantom|b?mod|cap|\|)"
     r"(?![a-z])|\\frac\{(?:d|\\partial)|[vV]matrix|\|_|e\^\{?\\l|!(?!=)|['?]|\^\{?(?:T|\\top)"
-    r"|-(?:[\s({]|\\frac)*-|\\(?:pi|sqrt)[^,;+-]*\d\s?\^\s?\{?\d|\d\s?\^\s?\{?\d[^,;+-]*\\(?:pi|sqrt)"
-    r"|e\s?\^\s?(?:i|\{(?=[^}]*(?<![a-z\\])i(?![a-z])))")
+    r"|-(?:[\s({]|\\frac)*-|\\(?:pi|sqrt)(?=[^,;+-]*\d\^\{?\d)"
+    r"|(?<=\d)\^(?=\{?\d[^,;+-]*\\(?:pi|sqrt))|e\s?\^\s?(?:i|\{(?=[^}]*(?<![a-z\\])i(?![a-z])))")
 
 
 def undone(expression, text: str) -> set:
@@ -500,12 +499,12 @@ def work():
     sys.stdout = sys.stderr  # what a library prints is no reply
     grader.sympy_numeric_eq = exact
     for line in sys.stdin:
-        gold, answer, deadline = json.loads(line)
+        gold, answer, problem, deadline = json.loads(line)
         # The trainer kills in time. If it is dead, this ends even C code: SIGALRM has no handler.
         signal.setitimer(signal.ITIMER_REAL, deadline + 1)
         verdict = "ungradable"
         with contextlib.suppress(Exception):  # what SymPy cannot compare costs no worker
-            verdict = judge(gold, answer) if len(answer) <= 2000 else verdict
+            verdict = judge(gold, answer, problem) if len(answer) <= 2000 else verdict
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(verdict, file=replies, flush=True)
 
