@@ -419,8 +419,8 @@ def equal(gold, answer):
         factor = sympy.simplify((gold.lhs - gold.rhs) / (answer.lhs - answer.rhs))
         return bool(factor.is_number and factor.is_finite and factor != 0)
     for one, other in (both, both[::-1]):
-        written = getattr(one, "_unsorted_args", one.args)  # with what is written twice
         if isinstance(one, sympy.FiniteSet) and not isinstance(other, sympy.FiniteSet):
+            written = getattr(one, "_unsorted_args", one.args)  # with what is written twice
             if len(written) > len(one.args) or len(written) > 1 and isinstance(other, sympy.Expr):
                 return False  # 10, 10 for 10
     if all(isinstance(one, sympy.FiniteSet) for one in both):
