@@ -24,25 +24,15 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import wait
 from typing import NamedTuple
 
-if __name__ == "__main__":  # A worker runs this file. The trainer imports it, without SymPy.
-    import sympy
-    from latex2sympy2_extended import is_expr_of_only_symbols, latex2sympy2, math_normalization
-    from math_verify import grader
-    from sympy.core.function import AppliedUndef
-
 MEMORY = 2**30  # a worker's address space, in bytes
 START = 120.0  # seconds until a worker is ready
 
-THINKING = {  # the marks that open and close it
+THINKING = {  # the mark that opens it: the mark that closes it
     "<think>": "</think>",
-    "<thought>": "</thought>",  # EXAONE Deep
     "[THINK]": "[/THINK]",  # Magistral
     "<seed:think>": "</seed:think>",  # Seed-OSS
     "◁think▷": "◁/think▷",  # Kimi
-    "<|channel|>": "<|channel|>final<|message|>",  # gpt-oss: all channels but the final one
-    "<|channel>": "<channel|>",  # Gemma 4
-    "<|START_THINKING|>": "<|END_THINKING|>",  # Command A
-    "<|inner_prefix|>": "<|inner_suffix|>",  # Apertus
+    "<|channel|>": "<|channel|>final<|message|>",  # gpt-oss: every channel but the final one
 }
 
 
@@ -68,9 +58,9 @@ def after_thinking(text: str) -> str:
 
 def final_answer(text: str) -> str | None:
     r"""The content of the last \boxed{} after the thinking; None if it is missing or left open."""
-    last = text.rfind(r"\boxed")
-    body = text[last + len(r"\boxed"):].lstrip()
-    if last < answer_start(text) or not body.startswith("{"):
+    box, body = after_thinking(text).rpartition(r"\boxed")[1:]
+    body = body.lstrip()
+    if not box or not body.startswith("{"):
         return None
     depth = 0
     for match in re.finditer(r"\\.|[{}]", body, re.DOTALL):  # an escaped \{ opens nothing
@@ -98,21 +88,18 @@ class Grader(contextlib.ExitStack):
 
         With the problems, an answer that is copied out of its problem is wrong, be it equal or not.
         """
-        jobs = []
-        verdict_of = {}
-        problems = problems or [""] * len(golds)
-        for response, gold, problem in zip(responses, golds, problems, strict=True):
-            job = (gold.strip(), final_answer(response), problem)
-            if job[1] in (job[0], None):
-                verdict_of[job] = "right" if job[1] else "wrong"
-            jobs.append(job)
-        todo = [job for job in dict.fromkeys(jobs) if job not in verdict_of]  # samples often agree
+        pairs = zip(responses, golds, problems or [""] * len(golds), strict=True)
+        jobs = [(gold.strip(), final_answer(response), problem) for response, gold, problem in pairs]
+        todo = list(dict.fromkeys(jobs))  # samples often agree
         with ThreadPoolExecutor(len(self.idle)) as threads:  # they only wait for the workers
-            verdict_of.update(zip(todo, threads.map(self.mark, todo)))
+            verdict_of = dict(zip(todo, threads.map(self.mark, todo)))
         return [verdict_of[job] for job in jobs]  # Eq. 1
 
-    def mark(self, job: tuple[str, str, str]) -> str:
+    def mark(self, job: tuple[str, str | None, str]) -> str:
         """One verdict. A worker has one answer at a time, so no other is lost with it."""
+        gold, answer, _ = job
+        if answer is None or answer == gold:
+            return "right" if answer else "wrong"
         worker = self.idle.pop() or self.start()
         verdict = ask(worker, [*job, self.deadline], self.deadline)
         if not verdict:
@@ -195,102 +182,90 @@ TEXT = r"\\text\{(?!\s*[aeijknqruvwxyz]\s*\})(?:[^{},;\d]|\^?\{?-?\d\}?)+\}(?:\s
 WORD = r"(?:[a-zA-Z]{3,}|[cmkd]m|[km]g|in|ft|yd|oz|mL|sq|[CF]|k?m/[hs])\.?(?:\^\{?\d\}?)?"
 UNIT = rf"(?:{TEXT}(?:\s?(?:/|\\cdot)?\s?{TEXT})*|(?<=[\d}} ]){WORD}(?:[ /]{WORD})*)$"
 SI = re.compile(r"[\d}\s](?:\\text\{)?\s*([cmk]?m|[mk]?g|in|ft|yd|m?L|s|min|h)\}?\^?\{?(\d)?\}?$")
-# Pattern => replacement, in which ~ is a space; one after another, then an example of the line.
-NOTATION = r"""
-[−–—] => -   [·∙×⋅∗] => \\cdot~   ÷ => \\div~   ⁄ => /
-√ => sqrt   ∞ => \\infty~   ∈ => \\in~
-\\[()\[\]]|\\?[$€£]|\\text\{\W*\}|^\*\*|\*\*$|\\\\$ =>                   # \$18, \(18\), **18**
-\\(?:left|right|displaystyle|bf|rm)(?![a-zA-Z])|\\!\s* =>                # \left(1,2\right)
-(?<!\\)\\[,;: ]|\\q?quad(?![a-z])|~|\s+ => ~   [ ][ ]+ => ~              # 1\,000
-\\(?:(?:math|text)(?:rm|bf|it|sf)|boldsymbol|bm|emph|mbox)\s?(?=\{) => \\text
-\*\* => ^   \\[lc]?dots|\.\.\. => \\ldots~                               # n**2, 1, 2, \dots
-\^?(?:°|\\degree|\\circ|\{\\circ\}) => ~                                 # 90^\circ
-\\?sqrt\s*(?:\(([^()]*)\)|(\d+|[a-z])) => \\sqrt{\1\2}                   # √12, sqrt(x+1)
-\\[dtc]frac(?![a-z]) => \\frac   \\frac\s*(\d)\s*(\d) => \\frac{\1}{\2}  # \dfrac12
-(.)\\approx\s*-?\d*\.\d+$ => \1                                          # \sqrt{2} \approx 1.41
-(?<![\\a-zA-Z])(pi|sin|cos|tan|log|ln)(?![a-zA-Z]) => \\\1~              # 2*pi
-,?\s*\\text\{\s*,?\s*(?:for|where)\b(?:(?!\\text|[,;]).)*$ =>            # 2n, \text{ for } n > 1
-,?\s*(?:\\text\{\s*,?\s*(?:and|or)\s*\}|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])) => ,~
-\\text\{\s*(?:\\?%|percent)\s*\}|(?<![a-zA-Z\\])percent\b|(?<!\\)% => \\%
-\(?\\pmod\s*\{?\d+\}?\)?$ =>                                             # 9 \pmod{11}
-(?i)\\varnothing|\\\{\s*\\\}|^(?:\\text\{)?no (?:real )?solutions?\}?$ => \\emptyset~
-^0?(\d+:\d\d)(?:\s?(?:\\text\{)?\s*[ap]\.?m\.?\s*\}?)?$ => \1            # 1:58 a.m.
-[\s.,;:]+(\}?)$ => \1   ^\s+ =>                                          # 5., \text{Yes.}
-(?<=[\w})\]%])\s?(?!.*CHANGE)UNIT =>                                     # 5 cm, 9.8\text{ m/s}^2
-(?<=\d)(?:\^\{?)?(?:\\text\{)?(?:st|nd|rd|th)\}*$ =>                     # 23rd, 4^{\text{th}}
-\\text\{\s*([-+]?[\d.,]+|[A-Za-z]|\(?[A-Z][).:]*)\s*\} => \1             # \text{(A)}
-^\(?([A-J])(?:\)|\s?[.:])+\s?(?!\\text)(?:\\[a-z]+|[^A-Za-z])*$ => \1    # (B) 12
-(?<![\d.,(\[])(?<!\\\{)\d{1,3}(?:(?:[ ,]|\s?\{,\}\s?)\d{3})+(?!\d|,\d|\s?[)\]]|\s?\\\}) => JOIN
-(?<=\d)\s?[eE]([+-]?\d+)(?!\d) => \\cdot 10^{\1}                         # 1.5e3
-(?<!\d)(\d+) (\d+)/(\d+)(?!\d) => \1\\frac{\2}{\3}                       # 1 1/2
-(\d+)\.(\d*)\\(?:overline|bar|dot)\s?\{?(\d+)\}? => REPEAT               # 0.1\overline{6} = 15/90
-^\(?(\d\w*)\)?_\{?(\d+)\}?$ => \1_\2   _\{(\w)\} => _\1                  # (101)_{2}, E_{1}
-(^|,|\\\{)((?:(?!\\\{)[^,;])*)\\pm([^,;]*?)(?=,|;|$|\\\}) => \1\2+\3,\2-\3   # 1 \pm i
-^(?:[A-Za-z](?:_\w)?)?\s?\\approx =>                                     # x \approx 8.24
-^([^=]+)=\s?([A-Za-z](?:_\w)?)$ => \2=\1                                 # 5 = x
-^\\begin\{[pb]matrix\}([^&]*?)(?:\\\\)?\s?\\end\{[pb]matrix\}$ => COLUMN
-""".replace("CHANGE", CHANGE).replace("UNIT", UNIT)
-FUNCTIONS = {
-    "JOIN": lambda number: re.sub("[ ,{}]", "", number[0]),               # 1,000, but not (1,234)
-    "REPEAT": lambda m: rf"\frac{{{int(m[1] + m[2] + m[3]) - int(m[1] + m[2])}}}"
-                        rf"{{{'9' * len(m[3])}{'0' * len(m[2])}}}",
-    "COLUMN": lambda column: "(" + column[1].replace(r"\\", ",") + ")",
+NOTATION = {  # A pattern and what takes its place, in this order; beside it an example.
+    "[−–—]": "-", "[·∙×⋅∗]": r"\\cdot ", "÷": r"\\div ", "⁄": "/",
+    "√": "sqrt", "∞": r"\\infty ", "∈": r"\\in ",
+    r"\\[()\[\]]|\\?[$€£]|\\text\{\W*\}|^\*\*|\*\*$|\\\\$": "",        # \$18, \(18\), **18**
+    r"\\(?:left|right|displaystyle|bf|rm)(?![a-zA-Z])|\\!\s*": "",     # \left(1,2\right)
+    r"(?:(?<!\\)\\[,;: ]|\\q?quad(?![a-z])|~|\s)+": " ",               # 1\,000
+    r"\\(?:(?:math|text)(?:rm|bf|it|sf)|boldsymbol|bm|emph|mbox)\s?(?=\{)": r"\\text",
+    r"\*\*": "^",                                                      # n**2
+    r"\\[lc]?dots|\.\.\.": r"\\ldots ",                                # 1, 2, \dots
+    r"\^?(?:°|\\degree|\\circ|\{\\circ\})": " ",                       # 90^\circ
+    r"\\?sqrt\s*(?:\(([^()]*)\)|(\d+|[a-z]))": r"\\sqrt{\1\2}",        # √12, sqrt(x+1)
+    r"\\[dtc]frac(?![a-z])": r"\\frac",                                # \dfrac{1}{2}
+    r"\\frac\s*(\d)\s*(\d)": r"\\frac{\1}{\2}",                        # \frac12
+    r"(.)\\approx\s*-?\d*\.\d+$": r"\1",                               # \sqrt{2} \approx 1.41
+    r"(?<![\\a-zA-Z])(pi|sin|cos|tan|log|ln)(?![a-zA-Z])": r"\\\1 ",   # 2*pi
+    r",?\s*\\text\{\s*,?\s*(?:for|where)\b(?:(?!\\text|[,;]).)*$": "",  # 2n, \text{ for } n > 1
+    r",?\s*(?:\\text\{\s*,?\s*(?:and|or)\s*\}|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z]))": ", ",
+    r"\\text\{\s*(?:\\?%|percent)\s*\}|(?<![a-zA-Z\\])percent\b|(?<!\\)%": r"\\%",
+    r"\(?\\pmod\s*\{?\d+\}?\)?$": "",                                  # 9 \pmod{11}
+    r"(?i)\\varnothing|\\\{\s*\\\}|^(?:\\text\{)?no (?:real )?solutions?\}?$": r"\\emptyset ",
+    r"^0?(\d+:\d\d)(?:\s?(?:\\text\{)?\s*[ap]\.?m\.?\s*\}?)?$": r"\1",  # 1:58 a.m.
+    r"[\s.,;:]+(\}?)$": r"\1",                                         # 5., \text{Yes.}
+    r"^\s+": "",
+    rf"(?<=[\w}})\]%])\s?(?!.*{CHANGE}){UNIT}": "",                    # 5 cm, 9.8\text{ m/s}^2
+    r"(?<=\d)(?:\^\{?)?(?:\\text\{)?(?:st|nd|rd|th)\}*$": "",          # 23rd, 4^{\text{th}}
+    r"\\text\{\s*([-+]?[\d.,]+|[A-Za-z]|\(?[A-Z][).:]*)\s*\}": r"\1",  # \text{(A)}
+    r"^\(?([A-J])(?:\)|\s?[.:])+\s?(?!\\text)(?:\\[a-z]+|[^A-Za-z])*$": r"\1",  # (B) 12
+    r"(?<![\d.,(\[])(?<!\\\{)\d{1,3}(?:(?:[ ,]|\s?\{,\}\s?)\d{3})+(?!\d|,\d|\s?[)\]]|\s?\\\})":
+        lambda number: re.sub("[ ,{}]", "", number[0]),                # 1,000, but not (1,234)
+    r"(?<=\d)\s?[eE]([+-]?\d+)(?!\d)": r"\\cdot 10^{\1}",              # 1.5e3
+    r"(?<!\d)(\d+) (\d+)/(\d+)(?!\d)": r"\1\\frac{\2}{\3}",            # 1 1/2
+    r"(?<![\w.^}])(\d+)\s?\\frac\{(\d+)\}\{(\d+)\}":                   # 1\frac{1}{2} = 3/2
+        lambda m: rf"\frac{{{int(m[1]) * int(m[3]) + int(m[2])}}}{{{m[3]}}}",
+    r"(\d+)\.(\d*)\\(?:overline|bar|dot)\s?\{?(\d+)\}?":               # 0.1\overline{6} = 15/90
+        lambda m: rf"\frac{{{int(m[1] + m[2] + m[3]) - int(m[1] + m[2])}}}"
+                  rf"{{{'9' * len(m[3])}{'0' * len(m[2])}}}",
+    r"^\(?(\d\w*)\)?_\{?(\d+)\}?$": r"\1_\2",                          # (101)_{2}
+    r"_\{(\w)\}": r"_\1",                                              # E_{1}
+    r"(^|,|\\\{)((?:(?!\\\{)[^,;])*)\\pm([^,;]*?)(?=,|;|$|\\\})": r"\1\2+\3,\2-\3",  # 1 \pm i
+    r"^(?:[A-Za-z](?:_\w)?)?\s?\\approx": "",                          # x \approx 8.24
+    r"^([^=]+)=\s?([A-Za-z](?:_\w)?)$": r"\2=\1",                      # 5 = x
+    r"^\\begin\{[pb]matrix\}([^&]*?)(?:\\\\)?\s?\\end\{[pb]matrix\}$":  # a column is a point
+        lambda column: "(" + column[1].replace(r"\\", ",") + ")",
 }
-RULES = re.findall(
-    "(?m)(\\S.*?) => ?(\\S*(?: \\S+)*?)(?= {3}|$)", re.sub("(?m) +# .*", "", NOTATION))
 
 
 def tidy(text):
     """The text in one notation, without its unit; first cm², x₁ and 1½."""
-    for letters, form in (("[⁰¹²³⁴-⁹⁻]+", "^{%s}"), ("[₀-₉]+", "_{%s}"), ("[¼-¾⅐-⅞]", " %s")):
-        text = re.sub(letters, lambda m: form % unicodedata.normalize("NFKC", m[0]), text)
-    text = unicodedata.normalize("NFKC", text)
-    for pattern, replacement in RULES:
-        text = re.sub(pattern, FUNCTIONS.get(replacement, replacement.replace("~", " ")), text)
+    text = re.sub("[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}", re.sub("[₀-₉]+", r"_{\g<0>}", text))
+    text = unicodedata.normalize("NFKC", re.sub("[¼-¾⅐-⅞]", r" \g<0>", text))
+    for pattern, replacement in NOTATION.items():
+        text = re.sub(pattern, replacement, text)
     return text.strip()
 
 
-def skeleton(text: str) -> str:
-    """The text without spaces, brackets and fonts; the ends of a formula become dollars."""
-    text = re.sub(r"\\[\[\]()]|\$+", "$", re.sub(r"\\[dt]frac", r"\\frac", text))
-    return re.sub(r"[\s{}()]|\\(?:left|right|displaystyle|text|[,;:!])", "", text)
+# ------------------------------------------------------------------------------ in a worker
 
+if __name__ == "__main__":  # Only a worker needs SymPy, which takes seconds to import.
+    import sympy
+    from latex2sympy2_extended import is_expr_of_only_symbols, latex2sympy2, math_normalization
+    from math_verify import grader
+    from sympy.core.function import AppliedUndef
 
-def copied(answer: str, gold: str, problem: str) -> bool:
-    """Whether the answer is an expression of the problem, and the gold another one."""
-    text = skeleton(problem)
-    formula = skeleton(answer)
-    if not text:
-        return False
-    if f"${formula}$" in text:
-        return formula != skeleton(sides(gold)[-1])
-    if skeleton(tidy(answer)) == skeleton(sides(tidy(gold))[-1]):
-        return False
-    return re.search(rf"(?<![\w.]){re.escape(formula)}(?!\w)", text) is not None
+    class Parser(latex2sympy2._Latex2Sympy):
+        """math-verify's parser, which takes 0.1 for a float and 5(5) for 5 + 5."""
+        def parse_number(self, text):
+            return sympy.Rational(text.replace(",", ""))
 
-
-# One finished number, its braces and parentheses left out.
-POWER = r"(?![01] ?\^)\d+ ?\^ ?(?!1\b)-?\d+"
-TIMES = r"(?:\\cdot|\\times|\*)"
-TERM = rf"(?:{POWER}|\d+)"
-NUMBER = re.compile(
-    r"[-+]? ?(?:(?:\d+\.?\d*|\.\d+)"                                              # 5.2, 50\%
-    rf"|\d(?:\.\d+)? ?{TIMES} ?10 ?\^ ?[-+]?\d+"                                  # 6 \cdot 10^{-3}
-    rf"|{POWER}(?: ?{TIMES}? ?{POWER})*|(?P<root>\\sqrt ?(?:\[[2-9]\] ?)?\d+)"    # 2^6 3^5
-    rf"|(?P<fraction>(?:\d+ ?)?(?:\\frac ?-? ?{TERM} ?{TERM}"                     # 1\frac{1}{2}
-    rf"|{TERM} ?(?:/|:|\\over|\\div) ?{TERM}))(?: ?\^ ?\d+)?)(?: ?\\%)?"          # (3/4)^2
-)
-
+        def convert_postfix_list(self, factors, i=0):
+            value = super().convert_postfix_list(factors, i)
+            if isinstance(value, sympy.Rational) and i + 1 < len(factors):
+                raise ValueError("two numbers side by side")
+            return value
 
 def judge(gold: str, answer: str, problem: str) -> str:
     """The verdict. 50% is 50, where the question says per cent, and 0.5; but 0.5% is not 0.5."""
     units = [SI.findall(unicodedata.normalize("NFKC", text)) for text in (gold, answer)]
-    if all(units) and units[0] != units[1] or copied(answer, gold, problem):
+    if all(units) and units[0] != units[1]:
         return "wrong"  # 15 m for 15 cm
+    if copied(answer, gold, problem):
+        return "wrong"
     gold = tidy(gold)
     answer = tidy(answer)
-    hundredths = [re.sub(r"(.*)\\%", r"\1 \\cdot 10^{-2}", text) for text in (gold, answer)]
-    right = same(hundredths[0], hundredths[1])
+    right = same(gold, answer)
     if not right and r"\%" in gold + answer and not answer.startswith(("0", ".")):
         right = same(gold.removesuffix(r"\%"), answer.removesuffix(r"\%"))
     if right and finished(gold, answer):
@@ -298,53 +273,63 @@ def judge(gold: str, answer: str, problem: str) -> str:
     return "wrong" if wordy(gold) or read(gold) is not None else "ungradable"
 
 
+def copied(answer: str, gold: str, problem: str) -> bool:
+    """Whether the answer is an expression of the problem, and the gold another one."""
+    def bare(text):  # without spaces, brackets and fonts, and with $ where a formula ends
+        text = re.sub(r"\\[\[\]()]", "$", re.sub(r"\\[dt]frac", r"\\frac", text))
+        return re.sub(r"[\s{}()]|\\(?:left|right|displaystyle|text|[,;:!])", "", text)
+
+    if bare(tidy(answer)) == bare(sides(tidy(gold))[-1]):
+        return False
+    return bool(re.search(rf"(?<![\w.]){re.escape(bare(answer))}(?!\w)", bare(problem)))
+
+
 def sides(text: str) -> list[str]:
     """The sides of an equation, or of several in a row."""
     return re.split(r"(?:(?<![<>!])=|\\equiv)(?![^{}]*\})", text)
 
 
+RIGHT = re.compile(r"(?:\([^()]*\)|[^=,;(])*=(?![^{}]*\})")
+POWER = r"(?![01] ?\^)\d+ ?\^ ?(?!1\b)-?\d+"  # not 1458^1
+TERM = rf"(?:{POWER}|\d+)"
+TIMES = r"(?:\\cdot|\\times|\*)"
+NUMBER = re.compile(  # one number with nothing to work out, after `spaced`
+    rf"(?!- ?\\frac ?-)[-+]? ?(?:(?P<integer>\d+\.?|\d(?:\.\d+)? ?{TIMES} ?10 ?\^ ?[-+]?\d+"
+    rf"|{POWER}(?: ?{TIMES}? ?{POWER})*)"                              # 6 \cdot 10^{3}, 2^6 3^5
+    r"|(?P<decimal>\d*\.\d+(?: ?\\%)?|\d+ ?\\%)"                       # 5.2, 50\%
+    r"|(?P<root>\\sqrt ?(?:\[[2-9]\] ?)?\d+)"
+    rf"|(?P<fraction>(?:\\frac ?-? ?{TERM} ?{TERM}"                    # \frac{1}{2}
+    rf"|{TERM} ?(?:/|:|\\over|\\div) ?{TERM})(?: ?\^ ?\d+)?(?: ?\\%)?))"  # (3/4)^2
+)
+FORMS = {  # of a gold that is one number, and of the answers to it
+    "integer": ("integer", "decimal", "root"),
+    "decimal": ("integer", "decimal", "fraction"),
+    "fraction": ("integer", "decimal", "fraction", "reducible"),
+    "reducible": ("integer", "decimal", "fraction", "reducible"),
+}
+
+
+def spaced(text: str) -> str:
+    return re.sub(r"(?:\\?[{}()]|\s)+", " ", text).strip()
+
+
+def form(text: str) -> str | None:
+    """Which kind of number a text is; None if it is not one number."""
+    number = NUMBER.fullmatch(spaced(text))
+    if number and number["fraction"] and math.gcd(*map(int, re.findall(r"\d+", text))) > 1:
+        return "reducible"
+    return number and number.lastgroup
+
+
 def finished(gold: str, answer: str) -> bool:
-    """Whether an answer to a gold that is one number is one number too, and nothing to work out.
-
-    A fraction is none for 12, in lowest terms for 1.5 or 50%, any for 3/2.
-    """
-    texts = [re.sub(r"(?:\\?[{}()]|\s)+", " ", text).strip() for text in (gold, *sides(answer))]
-    target, *numbers = map(NUMBER.fullmatch, texts)
-    if not target or target["root"] or target["fraction"]:
-        return not target or target["root"] or any(numbers)
-    for number in filter(None, numbers):
-        terms = re.findall(r"\d+", number["fraction"] or "")
-        if not terms or re.search(r"[.%]", gold) and math.gcd(*map(int, terms)) == 1:
-            return True
-    return False
-
-
-@functools.cache
-def parser_class():
-    """math-verify's parser, which takes 0.1 for a float, 5(5) for a mixed number and 6/2 for 3."""
-    def quotient(value):
-        return sympy.UnevaluatedExpr(value) if isinstance(value, sympy.Integer) else value
-
-    class Parser(latex2sympy2._Latex2Sympy):
-        def parse_number(self, text):
-            return sympy.Rational(text.replace(",", ""))
-
-        def convert_frac(self, frac):
-            return quotient(super().convert_frac(frac))
-
-        def convert_mp(self, mp):
-            value = super().convert_mp(mp)
-            return quotient(value) if mp.DIV() or mp.CMD_DIV() or mp.COLON() else value
-
-        def convert_postfix_list(self, factors, i=0):
-            value = super().convert_postfix_list(factors, i)
-            if isinstance(value, sympy.Rational) and i + 1 < len(factors):
-                whole = str(value.p // value.q)
-                if factors[i].getText() != whole or factors[i + 1].getText()[:5] != r"\frac":
-                    raise ValueError("no mixed number")
-            return value
-
-    return Parser
+    """Whether an answer leaves no more to work out than the gold."""
+    forms = FORMS.get(form(re.sub(r"^\w+ ?=", "", gold)))
+    if forms:
+        return any(form(side) in forms for side in sides(answer))
+    if ("=" in gold) != ("=" in answer):  # y = 2x+1 for 2x+1
+        gold = RIGHT.sub("", gold)
+        answer = RIGHT.sub("", answer)
+    return undone(answer) <= undone(gold)
 
 
 def wordy(text: str):
@@ -355,7 +340,7 @@ def wordy(text: str):
 
 
 def same(gold: str, answer: str) -> bool:
-    """Whether two texts mean the same, and the answer leaves no more undone than the gold."""
+    """Whether two texts mean the same, letter for letter or to SymPy."""
     letters = [re.sub(r"\\text\{\s*([^{}]*?)\s*\}", r"\1", text) for text in (gold, answer)]
     letters = [re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text) for text in letters]
     if letters[0] == letters[1] or wordy(gold) or wordy(answer):
@@ -364,17 +349,9 @@ def same(gold: str, answer: str) -> bool:
     b = read(answer)
     if a is None or b is None:
         return False
-    results = {answer: b}
     if a.has(sympy.Eq) != b.has(sympy.Eq):
-        a = value(a)
-        results[answer] = value(b)
-        if results[answer] is not sympy.nan and not isinstance(b, sympy.FiniteSet):
-            results = {side: read(side) for side in sides(answer)}  # true, so all sides are equal
-    allowed = undone(a, gold)
-    return any(
-        result is not None and undone(result, text) <= allowed and equal(a, result)
-        for text, result in results.items()
-    )
+        return equal(value(a), value(b))
+    return equal(a, b)
 
 
 @functools.lru_cache(1000)
@@ -384,15 +361,20 @@ def read(text: str):
         return sympy.Rational(text)
     tidying = math_normalization.NormalizationConfig(malformed_operators=True, boxed="none")
     config = latex2sympy2.ConversionConfig(lowercase_symbols=False)
-    text = re.sub(r"(?<![\\a-zA-Z])i(?![a-zA-Z])", "I", text)
+    text = re.sub(r"(?<![\\a-zA-Z])i(?![a-zA-Z])", "I", text.replace(r"\%", r" \cdot 10^{-2}"))
     with contextlib.suppress(Exception):  # the parser's own, and whatever SymPy meets in nonsense
-        parser = parser_class()(is_real=True, config=config)
+        parser = Parser(is_real=True, config=config)
         return parser.parse(math_normalization.normalize_latex(text, tidying))
+
+
+def written(expression):
+    """The parts of a list as they were written, in order and with what occurs twice."""
+    return getattr(expression, "_unsorted_args", expression.args)
 
 
 def value(expression):
     """v for x = v, f(2) = v and 2 + 3 = v, each element of a list so; nan for 2x + z = v."""
-    parts = getattr(expression, "_unsorted_args", expression.args)  # as they were written
+    parts = written(expression)
     if isinstance(expression, (sympy.FiniteSet, sympy.Tuple)):
         if len({part.lhs for part in parts if isinstance(part, sympy.Eq)}) > 1:
             return sympy.Tuple(*map(value, sorted(parts, key=str)))  # y = 2, x = 1
@@ -418,15 +400,10 @@ def equal(gold, answer):
             return False  # x + 4 = 3x is a step on the way to x = 2
         factor = sympy.simplify((gold.lhs - gold.rhs) / (answer.lhs - answer.rhs))
         return bool(factor.is_number and factor.is_finite and factor != 0)
-    for one, other in (both, both[::-1]):
-        if isinstance(one, sympy.FiniteSet) and not isinstance(other, sympy.FiniteSet):
-            written = getattr(one, "_unsorted_args", one.args)  # with what is written twice
-            if len(written) > len(one.args) or len(written) > 1 and isinstance(other, sympy.Expr):
-                return False  # 10, 10 for 10
-    if all(isinstance(one, sympy.FiniteSet) for one in both):
-        lists = [getattr(one, "_unsorted_args", one.args) for one in both]  # with what occurs twice
+    if all(isinstance(one, (sympy.FiniteSet, sympy.Expr, sympy.Eq)) for one in both):
+        lists = [written(one) if isinstance(one, sympy.FiniteSet) else [one] for one in both]
         counts = [[sum(equal(one, other) for other in side) for one in lists[0]] for side in lists]
-        return len(lists[0]) == len(lists[1]) and counts[0] == counts[1]
+        return len(lists[0]) == len(lists[1]) and counts[0] == counts[1]  # 10, 10 is not 10
     return grader.sympy_expr_eq(gold, answer, 6, 15, allow_set_relation_comp=True)
 
 
@@ -440,56 +417,42 @@ def exact(gold, answer, *digits):
     return known and (a == b or bool((a - b).equals(0)))
 
 
-EAGER = re.compile(  # what the parser does at once, or SymPy later
+QUOTIENT = re.compile(r"\\frac (\d+) (\d+)|(\d+) ?(?:/|:|\\over|\\div) ?(\d+)")  # after `spaced`
+EAGER = re.compile(  # what the parser works out at once, or SymPy later
     r"\\(?:sum|prod|int|lim|max|min|det|[dt]?binom|choose|Gamma|operatorname|phantom|b?mod|cap|\|)"
     r"(?![a-z])|\\frac\{(?:d|\\partial)|[vV]matrix|\|_|e\^\{?\\l|!(?!=)|['?]|\^\{?(?:T|\\top)"
-    r"|-(?:[\s({]|\\frac)*-|\\(?:pi|sqrt)(?=[^,;+-]*\d\^\{?\d)"
-    r"|(?<=\d)\^(?=\{?\d[^,;+-]*\\(?:pi|sqrt))|e\s?\^\s?(?:i|\{(?=[^}]*(?<![a-z\\])i(?![a-z])))")
+    r"|-(?:[^,;+]*(?<!\^)[({])?\s*-"                            # -(-2), (-3)(-\sqrt2), --2
+    r"|\\(?:pi|sqrt)(?=[^,;+-]*\d\^\{?\d)|\\sqrt\{\d+\}\)?\^"   # \pi \cdot 27^2, (2\sqrt{2})^3
+    r"|(?:e\s?\^\s?\{|\\exp)[^}]*(?<![a-z])i(?![a-z])"                    # e^{i\pi/4}
+)
 
 
-def undone(expression, text: str) -> set:
+def undone(text: str) -> set:
     """The kinds of work that are left to the reader."""
     kinds = set(EAGER.findall(text))
-    if isinstance(expression, sympy.Expr):
-        kinds |= expression.free_symbols
-    for node in sympy.preorder_traversal(expression):
+    for terms in QUOTIENT.findall(spaced(text)):
+        dividend, divisor = map(int, filter(None, terms))
+        if divisor and dividend % divisor == 0:
+            kinds.add("quotient")  # (48/4, 3)
+    for node in sympy.preorder_traversal(read(text)):
         if isinstance(node, (sympy.MatMul, sympy.MatAdd)):
             kinds.add(node.func)
-        elif isinstance(node, sympy.UnevaluatedExpr) and node.args[0].is_Integer:
-            kinds.add("quotient")  # 48 / 4
-        elif isinstance(node, sympy.Add):
-            total = sympy.Add.make_args(sympy.Add(*[term.doit() for term in node.args]))
-            if len(total) < len(node.args):
-                kinds.add("sum")  # 964 + 494, but not 1 + \sqrt{2}
-        elif isinstance(node, sympy.Mul) and multiplies(node):
-            kinds.add("product")
-        elif isinstance(node, sympy.Pow) and node.is_number and not node.base.is_rational:
-            if node.base.is_algebraic and node.exp.is_Integer and node.exp != -1:
+        elif isinstance(node, (sympy.Add, sympy.Mul)):  # 964 + 494, 6\sqrt{2} / 2, (1 - i)(1 + i)
+            parts = [part.doit() for part in node.args if node.is_Add or part.is_number]
+            parts = [part for part in parts if part != -1]
+            before = node.func(*parts, evaluate=False)
+            after = before.doit()
+            fewer = len(node.func.make_args(after)) < len(parts)
+            if fewer or after.count_ops() < before.count_ops() or sum(p.is_Add for p in parts) > 1:
+                kinds.add(node.func)
+        elif isinstance(node, sympy.Pow) and node.exp.is_Integer and node.exp > 1:
+            if node.base.is_algebraic and not node.base.is_rational:
                 kinds.add("power")  # (1 + i)^2, but not \pi^2
-        elif isinstance(node, sympy.Function) and node.is_number:
-            if node.func != sympy.exp or node.has(sympy.I):
-                kinds.add(node.func.__base__)  # \log_2 8, \sin 30; sine and cosine are of one kind
+        elif isinstance(node, sympy.Function) and node.is_number and node.func != sympy.exp:
+            kinds.add(node.func.__base__)  # \log_2 8, \sin 30; sine and cosine are of one kind
         elif isinstance(node, sympy.Union) and sympy.Union(*node.args) != node:
             kinds.add("union")  # [1, 3] \cup [2, 5]
     return kinds
-
-
-def multiplies(product) -> bool:
-    r"""2 \cdot 3, (-1)(-x), 6\pi / 2; but not 2^6 3^5, 6 \cdot 10^{-3}, 5\pi / 2."""
-    numbers = [factor for factor in product.args if factor.is_number]
-    powers = [
-        n for n in numbers if n.is_Pow and n.base.doit().is_Integer and n.exp.is_Integer
-        and n.doit() not in (1, n.base)
-    ]
-    factors = [n.doit() for n in numbers if n not in powers and n != -1]
-    multiplied = sympy.Mul.make_args(sympy.Mul(*factors))
-    if len(multiplied) < len(factors) or sum(bool(n.is_negative) for n in numbers) > 1:
-        return True
-    if sum(factor.is_Add for factor in factors) > 1:
-        return True
-    quotient = product.is_number and any(power.exp == -1 for power in powers)
-    terms = sympy.Add.make_args(product.doit())
-    return quotient and all(term.as_coeff_Mul()[0].is_Integer for term in terms)
 
 
 def work():
