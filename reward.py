@@ -89,7 +89,7 @@ class Grader(contextlib.ExitStack):
         With the problems, an answer that is copied out of its problem is wrong, be it equal or not.
         """
         pairs = zip(responses, golds, problems or [""] * len(golds), strict=True)
-        jobs = [(gold.strip(), final_answer(response), problem) for response, gold, problem in pairs]
+        jobs = [(gold.strip(), final_answer(text), problem) for text, gold, problem in pairs]
         todo = list(dict.fromkeys(jobs))  # samples often agree
         with ThreadPoolExecutor(len(self.idle)) as threads:  # they only wait for the workers
             verdict_of = dict(zip(todo, threads.map(self.mark, todo)))
@@ -142,7 +142,7 @@ def find_correction(token_ids: list[int], tokenizer, span="sections") -> Correct
     span="prefix" it starts at token 0. Nothing is decoded with skip_special_tokens, because the
     marks of thinking may be special tokens.
     """
-    silent = {getattr(tokenizer, name, None) for name in ("eos_token_id", "pad_token_id")}
+    silent = (tokenizer.eos_token_id, tokenizer.pad_token_id)
 
     def text_of(k):  # of the first k tokens, because single ones lose bytes and spaces
         return tokenizer.decode([token for token in token_ids[:k] if token not in silent])
@@ -182,7 +182,7 @@ TEXT = r"\\text\{(?!\s*[aeijknqruvwxyz]\s*\})(?:[^{},;\d]|\^?\{?-?\d\}?)+\}(?:\s
 WORD = r"(?:[a-zA-Z]{3,}|[cmkd]m|[km]g|in|ft|yd|oz|mL|sq|[CF]|k?m/[hs])\.?(?:\^\{?\d\}?)?"
 UNIT = rf"(?:{TEXT}(?:\s?(?:/|\\cdot)?\s?{TEXT})*|(?<=[\d}} ]){WORD}(?:[ /]{WORD})*)$"
 SI = re.compile(r"[\d}\s](?:\\text\{)?\s*([cmk]?m|[mk]?g|in|ft|yd|m?L|s|min|h)\}?\^?\{?(\d)?\}?$")
-NOTATION = {  # A pattern and what takes its place, in this order; beside it an example.
+NOTATION = {  # Each pattern is replaced by what stands behind it, in this order. [ours]
     "[−–—]": "-", "[·∙×⋅∗]": r"\\cdot ", "÷": r"\\div ", "⁄": "/",
     "√": "sqrt", "∞": r"\\infty ", "∈": r"\\in ",
     r"\\[()\[\]]|\\?[$€£]|\\text\{\W*\}|^\*\*|\*\*$|\\\\$": "",        # \$18, \(18\), **18**
@@ -213,11 +213,6 @@ NOTATION = {  # A pattern and what takes its place, in this order; beside it an 
         lambda number: re.sub("[ ,{}]", "", number[0]),                # 1,000, but not (1,234)
     r"(?<=\d)\s?[eE]([+-]?\d+)(?!\d)": r"\\cdot 10^{\1}",              # 1.5e3
     r"(?<!\d)(\d+) (\d+)/(\d+)(?!\d)": r"\1\\frac{\2}{\3}",            # 1 1/2
-    r"(?<![\w.^}])(\d+)\s?\\frac\{(\d+)\}\{(\d+)\}":                   # 1\frac{1}{2} = 3/2
-        lambda m: rf"\frac{{{int(m[1]) * int(m[3]) + int(m[2])}}}{{{m[3]}}}",
-    r"(\d+)\.(\d*)\\(?:overline|bar|dot)\s?\{?(\d+)\}?":               # 0.1\overline{6} = 15/90
-        lambda m: rf"\frac{{{int(m[1] + m[2] + m[3]) - int(m[1] + m[2])}}}"
-                  rf"{{{'9' * len(m[3])}{'0' * len(m[2])}}}",
     r"^\(?(\d\w*)\)?_\{?(\d+)\}?$": r"\1_\2",                          # (101)_{2}
     r"_\{(\w)\}": r"_\1",                                              # E_{1}
     r"(^|,|\\\{)((?:(?!\\\{)[^,;])*)\\pm([^,;]*?)(?=,|;|$|\\\})": r"\1\2+\3,\2-\3",  # 1 \pm i
@@ -237,9 +232,11 @@ def tidy(text):
     return text.strip()
 
 
-# ------------------------------------------------------------------------------ in a worker
+# ------------------------------------------------------------------------------ within a worker
 
-if __name__ == "__main__":  # Only a worker needs SymPy, which takes seconds to import.
+# A worker runs this file as its program, and only it gets here with SymPy, which takes seconds to
+# import and is free to hang. The trainer imports this file and calls nothing from here on.
+if __name__ == "__main__":
     import sympy
     from latex2sympy2_extended import is_expr_of_only_symbols, latex2sympy2, math_normalization
     from math_verify import grader
@@ -252,17 +249,17 @@ if __name__ == "__main__":  # Only a worker needs SymPy, which takes seconds to 
 
         def convert_postfix_list(self, factors, i=0):
             value = super().convert_postfix_list(factors, i)
-            if isinstance(value, sympy.Rational) and i + 1 < len(factors):
+            following = "".join(factor.getText() for factor in factors[i + 1:])
+            if isinstance(value, sympy.Rational) and following[:5] not in ("", r"\frac"):
                 raise ValueError("two numbers side by side")
             return value
+
 
 def judge(gold: str, answer: str, problem: str) -> str:
     """The verdict. 50% is 50, where the question says per cent, and 0.5; but 0.5% is not 0.5."""
     units = [SI.findall(unicodedata.normalize("NFKC", text)) for text in (gold, answer)]
-    if all(units) and units[0] != units[1]:
+    if all(units) and units[0] != units[1] or copied(answer, gold, problem):
         return "wrong"  # 15 m for 15 cm
-    if copied(answer, gold, problem):
-        return "wrong"
     gold = tidy(gold)
     answer = tidy(answer)
     right = same(gold, answer)
@@ -279,9 +276,9 @@ def copied(answer: str, gold: str, problem: str) -> bool:
         text = re.sub(r"\\[\[\]()]", "$", re.sub(r"\\[dt]frac", r"\\frac", text))
         return re.sub(r"[\s{}()]|\\(?:left|right|displaystyle|text|[,;:!])", "", text)
 
-    if bare(tidy(answer)) == bare(sides(tidy(gold))[-1]):
+    if not re.search(rf"(?<![\w.]){re.escape(bare(answer))}(?!\w)", bare(problem)):
         return False
-    return bool(re.search(rf"(?<![\w.]){re.escape(bare(answer))}(?!\w)", bare(problem)))
+    return bare(tidy(answer)) != bare(sides(tidy(gold))[-1])  # \$18 is 18
 
 
 def sides(text: str) -> list[str]:
@@ -289,19 +286,19 @@ def sides(text: str) -> list[str]:
     return re.split(r"(?:(?<![<>!])=|\\equiv)(?![^{}]*\})", text)
 
 
-RIGHT = re.compile(r"(?:\([^()]*\)|[^=,;(])*=(?![^{}]*\})")
+LEFT = re.compile(r"(?:\([^()]*\)|[^=,;(])*=(?![^{}]*\})")  # the left side of an equation
 POWER = r"(?![01] ?\^)\d+ ?\^ ?(?!1\b)-?\d+"  # not 1458^1
 TERM = rf"(?:{POWER}|\d+)"
 TIMES = r"(?:\\cdot|\\times|\*)"
-NUMBER = re.compile(  # one number with nothing to work out, after `spaced`
+NUMBER = re.compile(  # one finished number, in a text that is `spaced`
     rf"(?!- ?\\frac ?-)[-+]? ?(?:(?P<integer>\d+\.?|\d(?:\.\d+)? ?{TIMES} ?10 ?\^ ?[-+]?\d+"
     rf"|{POWER}(?: ?{TIMES}? ?{POWER})*)"                              # 6 \cdot 10^{3}, 2^6 3^5
     r"|(?P<decimal>\d*\.\d+(?: ?\\%)?|\d+ ?\\%)"                       # 5.2, 50\%
     r"|(?P<root>\\sqrt ?(?:\[[2-9]\] ?)?\d+)"
-    rf"|(?P<fraction>(?:\\frac ?-? ?{TERM} ?{TERM}"                    # \frac{1}{2}
+    rf"|(?P<fraction>(?:\d+ ?)?(?:\\frac ?-? ?{TERM} ?{TERM}"          # 1\frac{1}{2}
     rf"|{TERM} ?(?:/|:|\\over|\\div) ?{TERM})(?: ?\^ ?\d+)?(?: ?\\%)?))"  # (3/4)^2
 )
-FORMS = {  # of a gold that is one number, and of the answers to it
+FORMS = {  # the form of a gold that is one number, and the forms that an answer may have
     "integer": ("integer", "decimal", "root"),
     "decimal": ("integer", "decimal", "fraction"),
     "fraction": ("integer", "decimal", "fraction", "reducible"),
@@ -310,11 +307,12 @@ FORMS = {  # of a gold that is one number, and of the answers to it
 
 
 def spaced(text: str) -> str:
+    """The text with one space for all braces, brackets and spaces between two of its symbols."""
     return re.sub(r"(?:\\?[{}()]|\s)+", " ", text).strip()
 
 
 def form(text: str) -> str | None:
-    """Which kind of number a text is; None if it is not one number."""
+    """Which kind of finished number a text is, a key of FORMS or a root; None if it is none."""
     number = NUMBER.fullmatch(spaced(text))
     if number and number["fraction"] and math.gcd(*map(int, re.findall(r"\d+", text))) > 1:
         return "reducible"
@@ -322,13 +320,17 @@ def form(text: str) -> str | None:
 
 
 def finished(gold: str, answer: str) -> bool:
-    """Whether an answer leaves no more to work out than the gold."""
+    """Whether an answer leaves no more to work out than the gold.
+
+    A number is answered by a number: 2916/2 is none for 1458, nor is 50/4 for 12.5, but 2/4 for 1/2
+    is. For all other golds the kinds of work left in the answer must be found in the gold as well.
+    """
     forms = FORMS.get(form(re.sub(r"^\w+ ?=", "", gold)))
     if forms:
         return any(form(side) in forms for side in sides(answer))
     if ("=" in gold) != ("=" in answer):  # y = 2x+1 for 2x+1
-        gold = RIGHT.sub("", gold)
-        answer = RIGHT.sub("", answer)
+        gold = LEFT.sub("", gold)
+        answer = LEFT.sub("", answer)
     return undone(answer) <= undone(gold)
 
 
@@ -376,8 +378,6 @@ def value(expression):
     """v for x = v, f(2) = v and 2 + 3 = v, each element of a list so; nan for 2x + z = v."""
     parts = written(expression)
     if isinstance(expression, (sympy.FiniteSet, sympy.Tuple)):
-        if len({part.lhs for part in parts if isinstance(part, sympy.Eq)}) > 1:
-            return sympy.Tuple(*map(value, sorted(parts, key=str)))  # y = 2, x = 1
         return expression.func(*map(value, parts))
     if not grader.is_equation(expression):
         return expression
@@ -417,13 +417,13 @@ def exact(gold, answer, *digits):
     return known and (a == b or bool((a - b).equals(0)))
 
 
-QUOTIENT = re.compile(r"\\frac (\d+) (\d+)|(\d+) ?(?:/|:|\\over|\\div) ?(\d+)")  # after `spaced`
-EAGER = re.compile(  # what the parser works out at once, or SymPy later
+QUOTIENT = re.compile(r"\\frac (\d+) (\d+)|(\d+) ?(?:/|:|\\over|\\div) ?(\d+)")
+EAGER = re.compile(  # what the parser works out at once, so that `undone` can see it only here
     r"\\(?:sum|prod|int|lim|max|min|det|[dt]?binom|choose|Gamma|operatorname|phantom|b?mod|cap|\|)"
     r"(?![a-z])|\\frac\{(?:d|\\partial)|[vV]matrix|\|_|e\^\{?\\l|!(?!=)|['?]|\^\{?(?:T|\\top)"
-    r"|-(?:[^,;+]*(?<!\^)[({])?\s*-"                            # -(-2), (-3)(-\sqrt2), --2
-    r"|\\(?:pi|sqrt)(?=[^,;+-]*\d\^\{?\d)|\\sqrt\{\d+\}\)?\^"   # \pi \cdot 27^2, (2\sqrt{2})^3
-    r"|(?:e\s?\^\s?\{|\\exp)[^}]*(?<![a-z])i(?![a-z])"                    # e^{i\pi/4}
+    r"|-(?:[^,;+\\]*(?<!\^)[({]|\\frac\{)?\s*-"                     # -(-2), (-3)(-\sqrt2), --2
+    r"|\\(?:pi|sqrt)(?=[^,;+-]*\d\^\{?\d|\{\d+\}\)?\^)"             # \pi \cdot 27^2, \sqrt{2}^3
+    r"|(?:e\s?\^|\\exp)(?=[^}]*(?<![a-z])i(?![a-z]))"               # e^{i\pi/4}
 )
 
 
@@ -437,14 +437,15 @@ def undone(text: str) -> set:
     for node in sympy.preorder_traversal(read(text)):
         if isinstance(node, (sympy.MatMul, sympy.MatAdd)):
             kinds.add(node.func)
-        elif isinstance(node, (sympy.Add, sympy.Mul)):  # 964 + 494, 6\sqrt{2} / 2, (1 - i)(1 + i)
-            parts = [part.doit() for part in node.args if node.is_Add or part.is_number]
-            parts = [part for part in parts if part != -1]
-            before = node.func(*parts, evaluate=False)
-            after = before.doit()
-            fewer = len(node.func.make_args(after)) < len(parts)
-            if fewer or after.count_ops() < before.count_ops() or sum(p.is_Add for p in parts) > 1:
-                kinds.add(node.func)
+        elif isinstance(node, sympy.Add):
+            if len(sympy.Add.make_args(node.doit())) < len(node.args):
+                kinds.add("sum")  # 964 + 494, but not 1 + \sqrt{2}
+        elif isinstance(node, sympy.Mul):  # 2 \cdot 3, 6\pi / 2, (1 - i)(1 + i), but not 5\pi / 2
+            factors = [part.doit() for part in node.args if part.is_number and abs(part) != 1]
+            product = sympy.Mul(*factors, evaluate=False)
+            brackets = sum(factor.is_Add for factor in factors)
+            if brackets > 1 or product.doit().count_ops() < product.count_ops():
+                kinds.add("product")
         elif isinstance(node, sympy.Pow) and node.exp.is_Integer and node.exp > 1:
             if node.base.is_algebraic and not node.base.is_rational:
                 kinds.add("power")  # (1 + i)^2, but not \pi^2
