@@ -213,6 +213,9 @@ NOTATION = {  # Each pattern is replaced by what stands behind it, in this order
         lambda number: re.sub("[ ,{}]", "", number[0]),                # 1,000, but not (1,234)
     r"(?<=\d)\s?[eE]([+-]?\d+)(?!\d)": r"\\cdot 10^{\1}",              # 1.5e3
     r"(?<!\d)(\d+) (\d+)/(\d+)(?!\d)": r"\1\\frac{\2}{\3}",            # 1 1/2
+    r"(\d+)\.(\d*)\\(?:overline|bar|dot)\s?\{?(\d+)\}?":               # 0.1\overline{6} = 15/90
+        lambda m: rf"\frac{{{int(m[1] + m[2] + m[3]) - int(m[1] + m[2])}}}"
+                  rf"{{{'9' * len(m[3])}{'0' * len(m[2])}}}",
     r"^\(?(\d\w*)\)?_\{?(\d+)\}?$": r"\1_\2",                          # (101)_{2}
     r"_\{(\w)\}": r"_\1",                                              # E_{1}
     r"(^|,|\\\{)((?:(?!\\\{)[^,;])*)\\pm([^,;]*?)(?=,|;|$|\\\})": r"\1\2+\3,\2-\3",  # 1 \pm i
@@ -378,6 +381,8 @@ def value(expression):
     """v for x = v, f(2) = v and 2 + 3 = v, each element of a list so; nan for 2x + z = v."""
     parts = written(expression)
     if isinstance(expression, (sympy.FiniteSet, sympy.Tuple)):
+        if len({part.lhs for part in parts if isinstance(part, sympy.Eq)}) > 1:
+            return sympy.Tuple(*map(value, sorted(parts, key=str)))  # y = 2, x = 1
         return expression.func(*map(value, parts))
     if not grader.is_equation(expression):
         return expression
@@ -441,7 +446,8 @@ def undone(text: str) -> set:
             if len(sympy.Add.make_args(node.doit())) < len(node.args):
                 kinds.add("sum")  # 964 + 494, but not 1 + \sqrt{2}
         elif isinstance(node, sympy.Mul):  # 2 \cdot 3, 6\pi / 2, (1 - i)(1 + i), but not 5\pi / 2
-            factors = [part.doit() for part in node.args if part.is_number and abs(part) != 1]
+            numbers = [part for part in node.args if part.is_number and abs(part) != 1]
+            factors = [number for number in numbers if not number.has(sympy.Function)]
             product = sympy.Mul(*factors, evaluate=False)
             brackets = sum(factor.is_Add for factor in factors)
             if brackets > 1 or product.doit().count_ops() < product.count_ops():
