@@ -96,6 +96,33 @@ def test_benchmark_golds(name, grader):
     assert [pair for pair, verdict in zip(pairs, verdicts) if verdict == "right"] == []
 
 
+COPIES = {  # (problem, gold): what a response may copy out of it; the gold itself is right
+    (r"Simplify $\sqrt{242}$.", r"11\sqrt2"): [r"\sqrt{242}", r"\sqrt {242}", r"{\sqrt{242}}"],
+    (r"Write \[(2x^3)^3.\] without brackets", "8x^9"): ["(2x^3)^3", r"\left( 2x^3 \right)^3"],
+    (r"Which fraction is $0.375$?", r"\frac{3}{8}"): ["0.375"],
+    (r"If $y = x = 4$, find $x$.", "4"): ["x = 4"],
+    (r"Is $f(x)=x^2-1$ zero? Factor \(x^2 - 1\).", "(x-1)(x+1)"): ["x^2-1", "x^2 - 1"],
+}
+
+
+@pytest.mark.parametrize("problem, gold", COPIES)
+def test_an_expression_copied_out_of_the_problem_is_no_answer(grader, problem, gold):
+    copies = COPIES[problem, gold]
+    responses = [boxed(answer) for answer in (*copies, gold, gold + r"\,")]
+    golds = [gold] * len(responses)
+    verdicts = grader.verdicts(responses, golds, [problem] * len(responses))
+    assert verdicts == ["wrong"] * len(copies) + ["right"] * 2
+    assert grader.verdicts(responses, golds) == ["right"] * len(responses)
+
+
+def test_a_gold_that_stands_in_its_problem_is_right_in_every_notation(grader):
+    problem = r"Evelyn pays \$18 for $18$ pens of $\frac{1}{2}$ cm, at $60^\circ$."
+    pairs = [("18", r"\$18"), (r"\frac{1}{2}", r"\dfrac{1}{2}"), (r"\text{Evelyn}", "Evelyn")]
+    pairs += [(r"60^\circ", "60"), (r"\$18.00", r"\$18.00")]
+    golds, answers = zip(*pairs)
+    assert set(grader.verdicts(map(boxed, answers), golds, [problem] * 5)) == {"right"}
+
+
 # --------------------------------------------------------- answers that hang, crash or eat memory
 
 HANGING = [
@@ -293,6 +320,21 @@ HEADERS = {
 def test_headers(text):
     tokens = Bytes().encode(text, random.Random(0))
     assert (reward.find_correction(tokens, Bytes()) is not None) == HEADERS[text]
+
+
+@pytest.mark.parametrize("opening, closing", reward.THINKING.items())
+def test_thinking_ends_at_the_mark_that_closes_it(opening, closing):
+    sections = "Analysis: It must be 5.\nCorrected Solution: b \\boxed{5}"
+    thought = f"{opening}analysis\n\\boxed{{5}}\n{sections}\n"
+    for text, answer in {thought + closing + sections: sections, thought: "",
+                         f"{thought}{closing}{opening}{sections}": "", sections: sections,
+                         thought.removeprefix(opening) + closing + sections: sections}.items():
+        assert reward.after_thinking(text) == answer
+        assert reward.final_answer(text) == ("5" if answer else None)
+        correction = reward.find_correction(Bytes().encode(text, random.Random(0)), Bytes())
+        assert (correction is not None) == bool(answer)
+        if correction:
+            assert correction.solution == " b \\boxed{5}" and correction.start < correction.end
 
 
 @pytest.mark.parametrize("name", ["r1_distill_qwen", "smollm2_135m_instruct"])
