@@ -52,9 +52,9 @@ AUTO = "bf16" if torch.cuda.is_available() else "fp32"
 class EvalConfig:
     """A model's accuracy on benchmarks. The defaults are R1-Distill's protocol (2501.12948)."""
 
-    model: Optional[str] = flag(None, "folder or hub id; without: the toy, on its own test")
+    model: Optional[str] = flag(None, "folder or hub id; unset: the toy, on its own test")
     benchmarks: Optional[list[str]] = flag(
-        None, "aime24, amc23, olympiad, math500, gsm8k, files or hub datasets; without: those five"
+        None, "aime24, amc23, olympiad, math500, gsm8k, files or hub datasets; unset: those five"
     )
     k: int = flag(0, "answers to each question; 0: 64 for aime24 and amc23, 4 for others")
     temperature: float = flag(0.6, "sampling temperature; at 0 there is one greedy answer")
@@ -62,7 +62,7 @@ class EvalConfig:
     max_new_tokens: int = flag(0, "longest response; 0: 32768, or half of a shorter context")
     seed: int = flag(0, "all randomness is a function of (seed, question, sample)")
     self_correct: bool = flag(False, "measure corrections of the answers too, now or later")
-    output: Optional[str] = flag(None, "folder of the results; without: runs/eval/NAME_OF_MODEL")
+    output: Optional[str] = flag(None, "folder of the results; unset: runs/eval/NAME_OF_MODEL")
     compare: Optional[list[str]] = flag(None, "folders of finished evaluations, baseline first")
     rollout: Literal["auto", "vllm", "transformers"] = flag("auto", "sampling engine")
     precision: Literal["fp32", "bf16"] = flag(AUTO, "type of the weights (vLLM: dtype)")

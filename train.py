@@ -93,8 +93,8 @@ class Config:
     # What is trained, on what
     model: Optional[str] = flag(None, "folder or hub id of a Hugging Face causal language model")
     train_data: Optional[str] = flag(None, "file of problems, or hub dataset as id:config:split")
-    eval_data: Optional[str] = flag(None, "held-out problems, likewise; default: no evaluation")
-    output_dir: Optional[str] = flag(None, "folder of all results; default: a fresh runs/NNN")
+    eval_data: Optional[str] = flag(None, "held-out problems, likewise; unset: no evaluation")
+    output_dir: Optional[str] = flag(None, "folder of all results; unset: a fresh runs/NNN")
     resume: bool = flag(False, "continue from the newest whole checkpoint in output_dir, if any")
     seed: int = flag(0, "all randomness is a function of (seed, step, question, sample)")
     # The algorithm
@@ -104,10 +104,10 @@ class Config:
     group_size: int = flag(8, "G, samples a question; 8: Dr. GRPO (TRL: num_generations)")
     max_new_tokens: int = flag(3000, "of a response; 3000: Dr. GRPO (TRL: max_completion_length)")
     temperature: float = flag(1.0, "of sampling and of log p; 1: R1, DAPO (TRL: temperature)")
-    updates_per_rollout: int = flag(1, "steps it is cut into (not TRL's num_iterations)")
+    updates_per_rollout: int = flag(1, "optimizer steps it is cut into, each sample used once")
     scale: Literal["std", "none"] = flag("std", "Eq. 2; none: Dr. GRPO (TRL: scale_rewards)")
     clip_low: float = flag(0.2, "Eq. 5's lower clip; 0.2 is usual with GRPO (TRL: epsilon)")
-    clip_high: Optional[float] = flag(None, "default: 0.2, with dapo 0.28 (TRL: epsilon_high)")
+    clip_high: Optional[float] = flag(None, "unset: 0.2, with dapo 0.28 (TRL: epsilon_high)")
     beta: float = flag(0.0, "Eq. 5's KL weight; DeepSeekMath 0.04, R1 0.001, DAPO 0 (TRL: beta)")
     reduction: Optional[Literal[loss.REDUCTIONS]] = flag(None, "Eq. 6's mean (TRL: loss_type)")
     importance_cap: float = flag(2.0, "Eq. 14; 0: off (TRL: vllm_importance_sampling_clip_max)")
@@ -131,11 +131,11 @@ class Config:
     # Machine
     rollout: Literal["auto", "vllm", "transformers"] = flag("auto", "the engine (TRL: use_vllm)")
     precision: Literal["auto", "fp32", "bf16"] = flag("auto", "auto: bf16 on a GPU (TRL: bf16)")
-    micro_batch_tokens: Optional[int] = flag(None, "of a forward pass; default: by model size")
+    micro_batch_tokens: Optional[int] = flag(None, "of a forward pass; unset: by model size")
     logprob_chunk: int = flag(1024, "positions whose logits exist at the same time")
     gradient_checkpointing: bool = flag(False, "compute activations twice (TRL: the same)")
     compile: bool = flag(False, "faster on a GPU, after two minutes (TRL: torch_compile)")
-    max_context: Optional[int] = flag(None, "default: by need (TRL: vllm_max_model_length)")
+    max_context: Optional[int] = flag(None, "unset: by need (TRL: vllm_max_model_length)")
     memory_share: float = flag(0.3, "the engine's (TRL, vLLM: vllm_gpu_memory_utilization)")
     # What is written, and when
     eval_every: int = flag(50, "rollouts between evaluations; 0: both ends only (TRL: eval_steps)")
