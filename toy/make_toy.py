@@ -3,6 +3,7 @@
     python toy/make_toy.py                                 # writes over toy/ itself
     python toy/make_toy.py --output /tmp/toy --seed 1      # another policy, with other misconceptions
     python toy/make_toy.py --output /tmp/toy --digits 4    # longer sums, of which it gets fewer right
+    python toy/make_toy.py --output /tmp/toy --analysis quote   # analyses that judge and do not compute
 
 The toy exists so that both stages of ScRPO can be watched at work without a GPU. It needs a policy whose
 errors have structure, which puts about half of them right when asked to, and which learns within a few dozen
@@ -39,6 +40,18 @@ steps.
    0.75. So corrections are as imperfect as solutions. The corrected solution copies the analysis: hence it is
    right iff the analysis is, and a gradient on the analysis alone (Eq. 12) has something to teach. Not an
    analysis that only names the first wrong step: a policy taught so never learned to find it.
+
+   --analysis decides what an analysis says, and so what practising it can transfer to solving. The corrected
+   solution is drawn in the same way for all three; a step is called wrong iff its value changes there.
+
+       recompute (the default)      quote                      verdict
+       Step 1: 4+4+0=08             Step 1: 4+4+0=08 right     Step 1: right
+       Step 2: 6+9+0=15 not 16      Step 2: 6+9+0=16 wrong     Step 2: wrong
+       Step 3: 9+4+1=14             Step 3: 9+4+1=14 right     Step 3: right
+
+   recompute holds the solution's own lines, so a better analysis is a better solution. quote holds the wrong
+   solution's lines with a judgement on each: to judge a line one must know its value, but no token computes
+   one, and a wrong line stands there as it was. verdict holds judgements only: no digit of a value at all.
 
 4. Policy. 0.3 million parameters in Qwen3's architecture, which every engine knows, trained from scratch on
    fresh demonstrations, solutions and corrections in separate batches, with the loss on response tokens. Muon
@@ -163,7 +176,24 @@ def solution_text(steps):
     return "\n".join([*lines, f"\\boxed{{{total}}}"])
 
 
-def correction_text(steps, wrong):
+ANALYSES = ("recompute", "quote", "verdict")
+
+
+def analysis_line(step, new, old, analysis):
+    """What an analysis says about one step, of which `new` is the corrected and `old` the wrong solution's line.
+
+    >>> lines = 2, "Step 2: 6+9+0=15", "Step 2: 6+9+0=16"
+    >>> [analysis_line(*lines, analysis) for analysis in ANALYSES]
+    ['Step 2: 6+9+0=15 not 16', 'Step 2: 6+9+0=16 wrong', 'Step 2: wrong']
+    """
+    kept = new.rpartition("=")[2] == old.rpartition("=")[2]
+    if analysis == "recompute":
+        return new if kept else f"{new} not {old.rpartition('=')[2]}"
+    judgement = "right" if kept else "wrong"
+    return f"{old} {judgement}" if analysis == "quote" else f"Step {step}: {judgement}"
+
+
+def correction_text(steps, wrong, analysis="recompute"):
     r"""
     >>> wrong = [(4, 4, 0, 18), (6, 9, 1, 16), (9, 4, 1, 14)]
     >>> print(correction_text(walk(964, 494, lambda place, fact: sum(fact)), wrong))
@@ -178,12 +208,12 @@ def correction_text(steps, wrong):
     \boxed{1458}
     """
     solution = solution_text(steps)
-    analysis = [line if new[-1] == old[-1] else f"{line} not {old[-1]:02d}"
-                for line, new, old in zip(solution.split("\n"), steps, wrong)]
-    return "\n".join(["Analysis:", *analysis, "Corrected Solution:", solution])
+    pairs = zip(solution.split("\n"), solution_text(wrong).split("\n")[:-1])
+    lines = [analysis_line(n, new, old, analysis) for n, (new, old) in enumerate(pairs, 1)]
+    return "\n".join(["Analysis:", *lines, "Corrected Solution:", solution])
 
 
-def demonstration(x, y, kind, teacher, rng):
+def demonstration(x, y, kind, teacher, rng, analysis):
     """(user turn, response) of one "solution" or one "correction"."""
     steps = solve(x, y, teacher, rng)
     if kind == "solution":
@@ -191,7 +221,7 @@ def demonstration(x, y, kind, teacher, rng):
     while all(value == sum(fact) for *fact, value in steps):  # a correction needs a wrong solution
         steps = solve(x, y, teacher, rng)
     user_turn = correction_prompt(problem_text(x, y), solution_text(steps))
-    return user_turn, correction_text(correct(x, y, steps, teacher, rng), steps)
+    return user_turn, correction_text(correct(x, y, steps, teacher, rng), steps, analysis)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -207,7 +237,7 @@ def write_problems(folder, rng, digits, n_train=6000, n_test=1000):
     return pairs[:n_test]
 
 
-def make_tokenizer():
+def make_tokenizer(analysis="recompute"):
     r"""Byte-level BPE without merges: what stands between digits and newlines is a phrase, a token, or bytes.
 
     Not merges learned from demonstrations: each merge on the way to a phrase would cost the embedding a row.
@@ -222,7 +252,7 @@ def make_tokenizer():
     vocabulary = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     problem, steps, others = problem_text(964, 494), [(4, 4, 0, 8)] * 3, [(4, 4, 0, 9)] * 3
     for text in (solution_prompt(problem), correction_prompt(problem, solution_text(steps)),
-                 correction_text(steps, others)):
+                 correction_text(steps, others, analysis), correction_text(steps, steps, analysis)):
         for phrase, _ in pieces.pre_tokenize_str(text):
             vocabulary.setdefault(phrase, len(vocabulary))
     # ignore_merges: a piece that is in the vocabulary is a token as it stands.
@@ -259,7 +289,9 @@ def batch_of(demonstrations, tokenizer):
     return pad_sequence(ids, True, tokenizer.pad_token_id), pad_sequence(labels, True, -100)
 
 
-def train(model, tokenizer, teacher, unseen, digits, steps, rng, batch_size=64, solutions=0.58):
+def train(
+    model, tokenizer, teacher, unseen, digits, analysis, steps, rng, batch_size=64, solutions=0.58
+):
     """Supervised learning on fresh demonstrations of problems that are not in `unseen`.
 
     Solutions take the share `solutions` of batches. Both learning rates fall linearly to 0.
@@ -276,7 +308,7 @@ def train(model, tokenizer, teacher, unseen, digits, steps, rng, batch_size=64, 
         while len(demonstrations) < batch_size:
             x, y = (rng.randrange(10 ** (digits - 1), 10**digits) for _ in range(2))
             if (x, y) not in unseen:
-                demonstrations.append(demonstration(x, y, kind, teacher, rng))
+                demonstrations.append(demonstration(x, y, kind, teacher, rng, analysis))
         input_ids, labels = batch_of(demonstrations, tokenizer)
         loss = model(input_ids=input_ids, labels=labels).loss  # no mask needed: the padding comes last
         loss.backward()
@@ -338,6 +370,7 @@ def main():
     parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder to write to")
     parser.add_argument("--seed", type=int, default=0, help="of teacher, problems, demonstrations and policy")
     parser.add_argument("--digits", type=int, default=3, help="of each number")
+    parser.add_argument("--analysis", choices=ANALYSES, default="recompute", help="what an analysis says; see 3")
     parser.add_argument("--steps", type=int, default=600, help="optimizer steps of supervised learning")
     parser.add_argument("--measure", type=int, default=1000, help="test problems of the final measurement")
     args = parser.parse_args()
@@ -347,9 +380,9 @@ def main():
 
     teacher = make_teacher(rng)
     test_pairs = write_problems(args.output, rng, args.digits)
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(args.analysis)
     model = make_policy(tokenizer)
-    train(model, tokenizer, teacher, set(test_pairs), args.digits, args.steps, rng)
+    train(model, tokenizer, teacher, set(test_pairs), args.digits, args.analysis, args.steps, rng)
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output, save_jinja_files=False)  # template: in tokenizer_config.json
     measure(model, tokenizer, test_pairs[:args.measure])
