@@ -1,34 +1,39 @@
-"""A miniature study of ScRPO on the embedded toy: does it help, how much, which part? See STUDY.md.
+"""A miniature study of ScRPO on the toy: does it help, and what teaches what? See STUDY.md.
 
     pip install -r bench/requirements.txt
-    python bench/study.py                      # what is missing of the core: 80 minutes on 2 cores
-    python bench/study.py --groups rates pool  # the sweeps: as long again
-    python bench/study.py --groups             # no runs, only tables and figure of what is there
-    python bench/study.py --groups --output bench          # publish them in bench/RESULTS.md
+    python bench/study.py                          # runs what bench/study.csv does not have yet
+    python bench/study.py --groups mechanism       # this group only
+    python bench/study.py --groups --output bench  # no runs: tables, pictures and CSV into bench/
 
-1. An *arm* is a method under a budget: flags of train.py, and perhaps a fork of a few lines. Each
-   run of an arm at a seed is a process of its own that calls train.main; its result is one file in
-   runs/study, named by all its flags. Kill the study at any time: the same command goes on, and
-   loses at most the runs in progress (half a minute). Delete the folder when train.py changes.
-2. Budgets are spent, not planned: a fork of both stages counts samples, stage-1 questions,
-   corrections or seconds, lets the learning rate fall as a cosine of the share spent, and ends
-   the run when all is spent. Not a constant rate, under which one run would serve all budgets:
-   accuracy then jumps by 0.2 between steps. Not fixed numbers of steps: DAPO's samples and ScRPO's
-   questions a step are known only when drawn.
-3. The same seed means the same order of questions and the same seeds of samples in every arm, so
-   tests are paired over seeds 0, 1, ..., n-1. The budget was chosen by GRPO alone at seed 100.
+1. An *arm* is a method under a budget: a policy, flags of train.py, and perhaps a fork of a few
+   lines. Each run of an arm at a seed is a process of its own that calls train.main; its result is
+   one file in the work folder, and one line of study.csv, which says by which settings it was made.
+   Kill the study at any time: the same command continues, and loses at most the runs in progress
+   (a minute). Delete study.csv and the work folder to run everything again.
+2. Budgets are spent, not planned: both stages are wrapped so that they count samples, stage-1
+   questions, corrections or seconds. The learning rate falls as a cosine of the share spent, and
+   the run ends when all is spent. A constant rate would let one run serve all budgets, but accuracy
+   then jumps by 0.2 between steps; numbers of steps cannot be fixed, because DAPO's samples and
+   ScRPO's questions a step are known only when drawn.
+3. The same seed means the same policy, the same order of questions and the same seeds of samples
+   in every arm, so tests are paired over seeds 0, 1, ..., n-1. The budget was chosen by GRPO alone
+   at seed 100, and so was stage 2's rate in the group `mechanism`.
 """
 
 import argparse
+import difflib
 import json
 import math
+import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from zlib import crc32
 
@@ -37,30 +42,37 @@ import pandas as pd
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["OMP_NUM_THREADS"] = "1"  # the last bit of a sum, and so a sample, depends on it
+TABLE = ROOT / "bench/study.csv"  # every run's settings and measures
 GROUPS = {
     "budgets": "Equal samples, equal stage-1 questions, or equal seconds",
-    "stage2": "Stage 2 alone: no gradient from stage 1, equal corrections",
+    "mechanism": "Stage 2 alone: three kinds of analysis, by which tokens get the credit",
+    "remedy": "Stage 2 alone: the analysis without what it quotes",
+    "methods": "Both stages, by kind of analysis",
+    "rate": "Stage 2 alone at a quarter of the learning rate",
     "scarce": "Scarce labels: 32 training questions, another 32 at each seed",
-    "hard": "Scarce labels, longer sums, a shakier start",
-    "rates": "Learning rates (5e-4 where none is named)",
-    "pool": "Pool trigger (else 32) and errors per question (else 1), equal samples",
 }
-BASE = ("--schedule constant --steps 2000 --save_every 100000 --eval_every 0 "
-        "--eval_questions 1000 --learning_rate 5e-4")  # fmt: skip
-# Of make_toy.py, for the group `hard`: longer sums, other misconceptions, less training.
-HARD = "--digits 4 --seed 1 --steps 400"
+KINDS = ("recompute", "quote", "verdict")  # of analyses, see toy/make_toy.py
+BASE = (
+    "--schedule constant --steps 2000 --save_every 100000 --eval_every 0 "
+    "--eval_questions 1000 --learning_rate 5e-4"
+)
 # Seconds of a step of 256 samples with its update, on one core of the machine that the first
 # edition was measured on. Charged, not measured, so that the tables do not depend on the machine.
 PRICES = {"stage 1": 0.783, "stage 1, dapo": 1.365, "stage 2": 1.783}
-MEASURES = ("accuracy", "fixed errors corrected", "own errors corrected", "right answers spoiled")
-SOLVED, CORRECTED, OWN, SPOILED = MEASURES
-FIXED, AT_RISK = 300, 200  # errors of the untrained policy, right answers; of 1,000 problems
+SOLVED = "accuracy"
+CORRECTED = "fixed errors corrected"
+OWN = "own errors corrected"
+SPOILED = "right answers spoiled"
+CALLED_WRONG = "wrong steps called wrong"
+CALLED_RIGHT = "right steps called right"
+WELL_FORMED = "well-formed"
+MEASURES = (SOLVED, CORRECTED, OWN, SPOILED)
+FIXED = 300  # errors of the untrained policy, on held-out problems
+AT_RISK = 200  # right answers that the policy is asked to correct
+PROBED = 100  # of the fixed errors: log p of the values, and gradients
 UNITS = ("samples", "questions", "seconds")  # questions of stage 1
-CREDIT = {"analysis": "", "all tokens": " --credit response",
-          "both signs": " --success_conditioned False"}  # fmt: skip
-RATES, MORE_RATES = ("2.5e-4", "5e-4"), ("1.25e-4", "1e-3")  # the latter in the sweeps
-ALL_RATES = (*RATES, *MORE_RATES)
-SETTINGS = ("pool_trigger 64", "pool_trigger 128", "errors_per_question 2", "errors_per_question 8")
 
 
 # --------------------------------------------------------------------------- 1. arms and claims
@@ -72,19 +84,23 @@ class Arm:
     unit: str  # of the budget: samples, questions (of stage 1), corrections, or seconds
     budget: float
     flags: str  # of train.py; a later one wins
-    fork: str = ""  # a control: random tokens or random success
+    fork: str = ""  # a name in FORKS
+    kind: str = "recompute"  # what the policy's analyses say
+    two_policies: bool = False  # even seeds start from the policy of make_toy's seed 0, odd of 1
 
 
 def make_arms() -> dict[str, Arm]:
-    """{name: arm}. GRPO's 24 steps are the measure of all three budgets, so it is run once; DAPO
-    pays a sample and a question alike. The controls are there to refute a claim."""
+    """{name: arm}. GRPO's 24 steps are the measure of all three budgets, so GRPO is run once; DAPO
+    pays a sample and a question alike."""
     size = "--questions_per_step 32 --group_size 8 --pool_trigger 32"
-    half = "--questions_per_step 16 --group_size 8 --pool_trigger 16"
-    budget = {"samples": 24 * 256, "questions": 24 * 32, "seconds": 24 * PRICES["stage 1"]}
-    samples = budget["samples"]
+    samples = 24 * 256
+    questions = 24 * 32
+    budget = {"samples": samples, "questions": questions, "seconds": 24 * PRICES["stage 1"]}
+    ten = f"{size} --algorithm grpo --group_size 10"
     arms = {
         "vanilla": Arm("budgets", "samples", 0, f"{size} --steps 0"),
         "GRPO": Arm("budgets", "samples", samples, f"{size} --algorithm grpo"),
+        "GRPO, G = 10": Arm("budgets", "questions", questions, ten),
         "DAPO": Arm("budgets", "samples", samples, f"{size} --algorithm dapo"),
         "DAPO, seconds": Arm("budgets", "seconds", budget["seconds"], f"{size} --algorithm dapo"),
         "ScRPO without filter": Arm("budgets", "samples", samples, f"{size} --min_variance 0"),
@@ -93,83 +109,74 @@ def make_arms() -> dict[str, Arm]:
         arms[f"ScRPO, {unit}"] = Arm("budgets", unit, budget[unit], size)
 
     # Every wrong response is kept, so that the untrained stage 1 costs few rollouts.
-    alone = f"{size} --train_stages 2 --errors_per_question 8 --learning_rate"
-    for credit, flags in CREDIT.items():
-        for rate in ALL_RATES:
-            group, trained = "stage2" if rate in RATES else "rates", f"{alone} {rate}{flags}"
-            arms[f"{credit}, {rate}"] = Arm(group, "corrections", 20 * 256, trained)
-    for control in ("random tokens", "random success"):
-        arms[control] = Arm("stage2", "corrections", 20 * 256, f"{alone} 5e-4", control)
+    half = "--questions_per_step 16 --group_size 8 --pool_trigger 16"
+    alone = f"{half} --train_stages 2 --errors_per_question 8"
+    for kind in KINDS:
+        def stage2(group, flags="", fork="", budget=CORRECTIONS, kind=kind):
+            return Arm(group, "corrections", budget, f"{alone}{flags}", fork, kind, True)
+
+        arms[f"{kind}: vanilla"] = stage2("mechanism", " --steps 0", budget=0)
+        arms[f"{kind}: analysis"] = stage2("mechanism")
+        arms[f"{kind}: all tokens"] = stage2("mechanism", " --credit response")
+        arms[f"{kind}: corrected solution"] = stage2("mechanism", fork="corrected solution")
+        arms[f"{kind}: random tokens"] = stage2("mechanism", fork="random tokens")
+        arms[f"{kind}: both signs"] = stage2("mechanism", " --success_conditioned False")
+        arms[f"{kind}: no quotes"] = stage2("remedy", fork="no quotes")
+        arms[f"{kind}: analysis, 1.25e-4"] = stage2("rate", " --learning_rate 1.25e-4")
+        arms[f"{kind}: all tokens, 1.25e-4"] = stage2(
+            "rate", " --learning_rate 1.25e-4 --credit response"
+        )
+
+    for kind in ("quote", "verdict"):
+        def both(unit, flags, kind=kind):
+            return Arm("methods", unit, budget[unit], f"{size}{flags}", "", kind, True)
+
+        arms[f"{kind}: GRPO"] = both("samples", " --algorithm grpo")
+        arms[f"{kind}: ScRPO, samples"] = both("samples", "")
+        arms[f"{kind}: ScRPO, questions"] = both("questions", "")
+        arms[f"{kind}: ScRPO, prefix"] = both("samples", " --analysis_span prefix")
 
     # 16 steps of half the size, a third of the budget, see each of 32 questions 8 times.
-    arms["hard vanilla"] = Arm("hard", "samples", 0, f"{half} --steps 0")
-    for name in ("scarce", "hard"):
-        arms[f"{name} GRPO"] = Arm(name, "samples", samples / 3, f"{half} --algorithm grpo")
-        for unit in UNITS:
-            third, keeping_all = budget[unit] / 3, f"{half} --errors_per_question 8"
-            arms[f"{name} ScRPO, {unit}"] = Arm(name, unit, third, half)
-            arms[f"{name} ScRPO all errors, {unit}"] = Arm(name, unit, third, keeping_all)
-
-    for rate in MORE_RATES:
-        at = f"{size} --learning_rate {rate}"
-        for method in ("GRPO", "DAPO", "ScRPO"):
-            flags = f"{at} --algorithm {method.lower()}"
-            arms[f"{method} at {rate}"] = Arm("rates", "samples", samples, flags)
-        arms[f"ScRPO at {rate}, questions"] = Arm("rates", "questions", budget["questions"], at)
-    for setting in SETTINGS:
-        arms[setting] = Arm("pool", "samples", samples, f"{size} --{setting}")
+    arms["scarce GRPO"] = Arm("scarce", "samples", samples / 3, f"{half} --algorithm grpo")
+    for unit in UNITS:
+        arms[f"scarce ScRPO, {unit}"] = Arm("scarce", unit, budget[unit] / 3, half)
     return arms
 
 
+CORRECTIONS = 32 * 128  # of a run with stage 2 alone
 ARMS = make_arms()
-CLAIMS = (  # in the paper's words or ours; the difference that would show it; for each of these
-    ("GRPO learns", SOLVED, "{}", "vanilla", ["GRPO"]),
-    ("ScRPO learns", SOLVED, "ScRPO, {}", "vanilla", UNITS),
-    ("ScRPO solves more than GRPO", SOLVED, "ScRPO, {}", "GRPO", UNITS),
-    ("... at other learning rates too", SOLVED, "ScRPO at {}", "GRPO at {}", MORE_RATES),
-    ("... at other learning rates too", SOLVED, "ScRPO at {}, questions", "GRPO at {}", MORE_RATES),
-    ("ScRPO corrects more errors than GRPO", CORRECTED, "ScRPO, {}", "GRPO", UNITS),
-    ("... solves more with scarce labels too", SOLVED, "scarce ScRPO, {}", "scarce GRPO", UNITS),
-    ("... keeping all errors", SOLVED, "scarce ScRPO all errors, {}", "scarce GRPO", UNITS),
-    ("... with scarce labels and longer sums too", SOLVED, "hard ScRPO, {}", "hard GRPO", UNITS),
-    ("... keeping all errors", SOLVED, "hard ScRPO all errors, {}", "hard GRPO", UNITS),
-    ("DAPO solves more than GRPO", SOLVED, "{}", "GRPO", ["DAPO", "DAPO, seconds"]),
-    ("learning to diagnose teaches to solve", SOLVED, "analysis, {}", "vanilla", RATES),
-    ("... because success means something", SOLVED, "analysis, {}", "random success", ["5e-4"]),
-    ("... because the analysis gets the credit", SOLVED, "analysis, {}", "random tokens", ["5e-4"]),
-    ("credit for analyses beats all tokens", SOLVED, "analysis, {}", "all tokens, {}", ALL_RATES),
-    ("credit for success beats both signs", SOLVED, "analysis, {}", "both signs, {}", ALL_RATES),
-    ("the variance filter helps", SOLVED, "ScRPO, {}", "ScRPO without filter", ["samples"]),
-    ("another pool is better", SOLVED, "{}", "ScRPO, samples", SETTINGS),
-)  # fmt: skip
 
 
 # ---------------------------------------------------------------------- 2. one run, and its forks
 
 
 def within_budget(train, arm: Arm) -> None:
-    """Forks both stages of train.py: they count what they spend, and set rate and end by it."""
-    spent, peak = Counter(), None
+    """Wraps both stages of train.py: they count what they spend, and set rate and end by it."""
+    spent = Counter()
+    peak = None
 
     def budgeted(stage):
         def act(run, step):
             nonlocal peak
-            config, state = run.config, run.state
+            config = run.config
+            state = run.state
             peak = peak or config.learning_rate
             share = min(1.0, spent[arm.unit] / arm.budget)
             config.learning_rate = peak * 0.5 * (1 + math.cos(math.pi * share))
-            samples, questions = state.samples, state.questions
+            samples_before = state.samples
+            questions_before = state.questions
             groups, examples, metrics = stage(run, step)
-            drawn = state.samples - samples  # DAPO's discarded ones too
-            kind = f"stage {state.stage}" + (", dapo" if config.algorithm == "dapo" else "")
-            spent.update(
-                samples=drawn,
-                questions=state.questions - questions,
-                corrections=drawn if state.stage == 2 else 0,
-                steps=1,
-                seconds=PRICES[kind] * config.questions_per_step * config.group_size / 256,
-            )
-            spent["stage-2 steps"] += state.stage == 2
+            kind = f"stage {state.stage}"
+            if config.algorithm == "dapo":
+                kind += ", dapo"
+            drawn = state.samples - samples_before  # DAPO's discarded ones too
+            spent["steps"] += 1
+            spent["samples"] += drawn
+            spent["questions"] += state.questions - questions_before
+            spent["seconds"] += PRICES[kind] * config.questions_per_step * config.group_size / 256
+            if state.stage == 2:
+                spent["stage-2 steps"] += 1
+                spent["corrections"] += drawn
             if spent[arm.unit] >= arm.budget - 1e-9:
                 config.steps = step  # the loop takes this step for its last
             return groups, examples, metrics | {f"spent {name}": spent[name] for name in spent}
@@ -180,107 +187,341 @@ def within_budget(train, arm: Arm) -> None:
     train.self_correction = budgeted(train.self_correction)
 
 
-def random_tokens(train, seed: int) -> None:
-    """Control: the credit of a mask goes to as many tokens drawn at random from the whole response.
-    Where all tokens have it, as in stage 1, nothing changes."""
-    rng, original = np.random.default_rng(seed), train.make_examples
+def random_tokens(mask, span, sample, prompt, rng):
+    """As many tokens as the mask has, drawn from the whole correction."""
+    moved = mask.new_zeros(len(sample.token_ids))
+    moved[rng.choice(len(moved), int(mask.sum()), replace=False)] = True
+    return moved
 
-    def moved(mask, length):
-        new = mask.new_zeros(length)
-        new[rng.choice(length, int(mask.sum()), replace=False)] = True
-        return new
+
+def corrected_solution(mask, span, sample, prompt, rng):
+    """Everything after the analysis."""
+    moved = mask.new_zeros(len(sample.token_ids))
+    moved[span[1] :] = True
+    return moved
+
+
+QUOTE = 8  # tokens of a common span, at least; a toy's step has 11
+
+
+def no_quotes(mask, span, sample, prompt, rng):
+    """The mask without spans of the correction that stand in its prompt too, in this order."""
+    start, end = span
+    matcher = difflib.SequenceMatcher(None, sample.token_ids[start:end], prompt, autojunk=False)
+    moved = mask.clone()
+    for block in matcher.get_matching_blocks():
+        if block.size >= QUOTE:
+            moved[start + block.a : start + block.a + block.size] = False
+    return moved
+
+
+FORKS = {
+    "random tokens": random_tokens,
+    "corrected solution": corrected_solution,
+    "no quotes": no_quotes,
+}
+
+
+def redirect_credit(train, fork: str, seed: int) -> None:
+    """The credit of each analysis goes to other tokens of its correction. Stage 1 stays."""
+    move = FORKS[fork]
+    rng = np.random.default_rng(seed)
+    original = train.make_examples
 
     def make_examples(groups, advantages, masks, counted):
-        masks = [[moved(mask, len(sample.token_ids)) for mask, sample in zip(row, group.samples)]
-                 for row, group in zip(masks, groups)]  # fmt: skip
-        return original(groups, advantages, masks, counted)
+        moved = []
+        for group, row in zip(groups, masks):
+            new = list(row)
+            for i, (mask, sample) in enumerate(zip(row, group.samples)):
+                if group.spans[i] is not None and mask.any():
+                    new[i] = move(mask, group.spans[i], sample, group.prompt, rng)
+            moved.append(new)
+        return original(groups, advantages, moved, counted)
 
     train.make_examples = make_examples
 
 
-def random_success(train, seed: int) -> None:
-    """Control: within each group of corrections the verdicts are dealt out again at random. The
-    rate of success, the groups that carry gradient, and the sizes of advantages stay; who is
-    rewarded has nothing to do with being right."""
-    rng, original = np.random.default_rng(seed), train.sample_groups
-
-    def sample_groups(*arguments, span=None, step=0, **options):
-        groups = original(*arguments, span=span, step=step, **options)
-        if span and step > 0:  # corrections, and not those of an evaluation
-            for group in groups:
-                order = rng.permutation(len(group.verdicts))
-                group.verdicts = [group.verdicts[i] for i in order]
-        return groups
-
-    train.sample_groups = sample_groups
+STEP = re.compile(r"Step \d: (\d)\+(\d)\+(\d)=(\d\d)")
 
 
-def measure(run, train, fixed: Path) -> dict:
-    """What is measured of a policy, in place of train.py's evaluation: the same seeds for all arms
-    at a seed of the run. `fixed`: file of the errors that all runs correct, wrong answers of the
-    untrained policy to held-out problems; where it is not there, this run makes it."""
+@dataclass
+class WrongSteps:
+    """A wrong solution of the toy in form, beside the right one."""
+
+    problem: str
+    response: str
+    steps: list[tuple]  # (digit, digit, carry, value) of each, as it stands there
+    truth: list[tuple]  # the same of the right solution
+
+    @property
+    def differs(self) -> list[bool]:  # a step is wrong if its value is not the right solution's
+        return [step[-1] != true[-1] for step, true in zip(self.steps, self.truth)]
+
+    @property
+    def first(self) -> int:  # the first wrong step; its digits and carry are still right
+        return self.differs.index(True)
+
+
+def read_steps(problem: str, response: str):
+    """WrongSteps; None for a response out of form."""
+    from toy.make_toy import solution_text, walk
+
+    x, y = re.search(r"(\d+)\+(\d+)", problem).groups()
+    steps = [tuple(map(int, step)) for step in STEP.findall(response)]
+    truth = walk(int(x), int(y), lambda place, fact: sum(fact))
+    if len(steps) != len(truth) or solution_text(steps) != response or steps == truth:
+        return None
+    return WrongSteps(problem, response, steps, truth)
+
+
+def judgements(correction: str, wrong: WrongSteps) -> list[tuple[bool, bool]]:
+    """(is the step wrong?, does the analysis say so?) of each step; one not judged is judged wrongly."""
+    analysis = correction.partition("Corrected Solution:")[0]
+    pairs = []
+    for n, differs in enumerate(wrong.differs, 1):
+        line = re.search(rf"^Step {n}: (.*)$", analysis, re.MULTILINE)
+        said = not differs
+        if line:
+            said = line[1].endswith("wrong") or " not " in line[1]
+        pairs.append((differs, said))
+    return pairs
+
+
+def sites(wrong: WrongSteps, kind: str) -> dict[str, tuple[str, str]]:
+    """{where: (user turn, response up to the value of the first wrong step)}."""
+    from error_pool import correction_prompt
+    from rollout import solution_prompt
+    from toy.make_toy import correction_text, solution_text
+
+    step = f"Step {wrong.first + 1}: "
+
+    def until_value(text, start=0):
+        return text[: text.index("=", text.index(step, start)) + 1]
+
+    asked = correction_prompt(wrong.problem, wrong.response)
+    correction = correction_text(wrong.truth, wrong.steps, kind)
+    solution = correction.index("Corrected Solution:")
+    found = {
+        "solution": (solution_prompt(wrong.problem), until_value(solution_text(wrong.truth))),
+        "corrected solution": (asked, until_value(correction, solution)),
+    }
+    if kind != "verdict":  # whose analyses have no values
+        found["analysis"] = (asked, until_value(correction))
+    return found
+
+
+def log_p(model, rows: list[tuple[list[int], list[int]]]):
+    """log p of the tokens of each continuation after its prompt, [rows, longest], then zeros."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    ids = pad_sequence([torch.tensor(prompt + after) for prompt, after in rows], batch_first=True)
+    logp = model(input_ids=ids).logits[:, :-1].float().log_softmax(-1)  # the padding comes last
+    logp = logp.gather(-1, ids[:, 1:, None])[..., 0]
+    parts = []
+    for row, (prompt, after) in zip(logp, rows):
+        parts.append(row[len(prompt) - 1 : len(prompt) - 1 + len(after)])
+    return pad_sequence(parts, batch_first=True)
+
+
+def value_rows(tokenizer, wrongs: list[WrongSteps], kind: str, where: str, which: str) -> list:
+    """Rows for `log_p`: the right or the misconceived value of each first wrong step."""
+    from rollout import render
+
+    rows = []
+    for wrong in wrongs:
+        user_turn, prefix = sites(wrong, kind)[where]
+        steps = wrong.truth if which == "right" else wrong.steps
+        value = f"{steps[wrong.first][-1]:02d}"
+        rows.append((render(tokenizer, user_turn) + tokenizer.encode(prefix), tokenizer.encode(value)))
+    return rows
+
+
+def value_measures(run, wrongs: list[WrongSteps], kind: str) -> dict:
+    """Mean log p of the right and of the misconceived value, at each site."""
+    import torch
+
+    measured = {}
+    for where in sites(wrongs[0], kind):
+        for which in ("right", "misconceived"):
+            rows = value_rows(run.tokenizer, wrongs, kind, where, which)
+            with torch.no_grad():
+                mean = log_p(run.model, rows).sum(1).mean().item()
+            measured[f"log p, {which} value in {where}"] = mean
+    return measured
+
+
+def gradient(value, model):
+    """Of a scalar, over all parameters, as one vector."""
+    import torch
+
+    parts = torch.autograd.grad(value, list(model.parameters()), retain_graph=True)
+    return torch.cat([part.flatten() for part in parts])
+
+
+def cosines(run, corrections: list, kind: str) -> dict:
+    """Cosines between the gradient of log p of some tokens of successful corrections, along which
+    their credit moves the policy, and that of a value in a solution, right or misconceived.
+
+    corrections  (prompt, token ids, WrongSteps) each
+    """
+    import torch
+
+    wrongs = [wrong for *_, wrong in corrections]
+    values = {}
+    for which in ("right", "misconceived"):
+        rows = value_rows(run.tokenizer, wrongs, kind, "solution", which)
+        values[which] = gradient(log_p(run.model, rows).sum(), run.model)
+    credited = log_p(run.model, [(prompt, ids) for prompt, ids, _ in corrections])
+    classes = {"analysis of wrong steps": [], "analysis of right steps": [], "solution": []}
+    for row, (_, ids, wrong) in enumerate(corrections):
+        line = 0  # the analysis' header; its steps are lines 1, 2, ...
+        for t, token in enumerate(ids):
+            if 0 < line <= len(wrong.steps):
+                name = "analysis of wrong steps" if wrong.differs[line - 1] else "analysis of right steps"
+                classes[name].append((row, t))
+            elif line:
+                classes["solution"].append((row, t))
+            line += run.tokenizer.decode([token]).count("\n")
+    measured = {}
+    for name, places in classes.items():
+        rows, columns = zip(*places)
+        credit = gradient(credited[list(rows), list(columns)].sum(), run.model)
+        for which, value in values.items():
+            cosine = torch.cosine_similarity(credit, value, dim=0).item()
+            measured[f"cosine, {name} and {which} value"] = cosine
+    return measured
+
+
+def measure(run, arm: Arm, fixed: Path) -> dict:
+    """In train.py's evaluation's place: MEASURES and what explains them, once training has ended."""
     from evaluate import correction_tasks, records
-    from rollout import Task
+    from rollout import sample_groups
 
     config = run.config
+    sampling = {"temperature": config.temperature, "max_new_tokens": config.max_new_tokens}
 
-    def sample(tasks, seed, span=None):
-        return train.sample_groups(
-            run.engine, run.tokenizer, run.grader, tasks, range(1), seed=seed, span=span,
-            temperature=config.temperature, max_new_tokens=config.max_new_tokens,
-        )  # fmt: skip
+    def sample(tasks, seed, span=None, samples=range(1)):
+        return sample_groups(
+            run.engine, run.tokenizer, run.grader, tasks, samples, seed=seed, span=span, **sampling
+        )
 
-    def corrected(tasks):
-        rewards = [group.rewards for group in sample(tasks, config.seed, "sections")]
-        return float(np.mean(rewards)) if rewards else math.nan
+    def correct(answers, seed=config.seed, samples=range(1)):
+        tasks = correction_tasks(
+            run.tokenizer, answers, config.max_new_tokens, run.engine.max_context
+        )
+        return sample(tasks, seed, config.analysis_span, samples)
 
-    def to_correct(answers, reward):
-        asked = records([group for group in answers if group.rewards == [reward]])
-        context = run.engine.max_context
-        return correction_tasks(run.tokenizer, asked, config.max_new_tokens, context)
+    def share_right(groups):
+        return float(np.mean([group.rewards for group in groups])) if groups else math.nan
+
+    def answered(groups, reward):
+        return records([group for group in groups if group.rewards == [reward]])
 
     run.engine.update_weights(run.model)
+    run.model.eval()
     if run.state.step == 0 and not fixed.exists():  # the untrained policy, so always the same
-        errors = to_correct(sample(run.eval_tasks, seed=1_000_003), reward=0)
-        write_whole(fixed, [asdict(task) for task in errors[:FIXED]])
+        errors = answered(sample(run.eval_tasks, seed=1_000_003), reward=0)
+        write_whole(fixed, [error for error in errors if error["finished"]][:FIXED])
     measured = {}
     if run.state.step == config.steps:  # before training all arms are `vanilla`, which has no steps
         answers = sample(run.eval_tasks, config.seed)
+        errors = json.loads(fixed.read_text())
+        corrections = correct(errors)
         measured = {
-            SOLVED: float(np.mean([group.rewards for group in answers])),
-            CORRECTED: corrected([Task(**task) for task in json.loads(fixed.read_text())]),
-            OWN: corrected(to_correct(answers, reward=0)),
-            SPOILED: 1 - corrected(to_correct(answers, reward=1)[:AT_RISK]),
+            SOLVED: share_right(answers),
+            CORRECTED: share_right(corrections),
+            OWN: share_right(correct(answered(answers, reward=0))),
+            SPOILED: 1 - share_right(correct(answered(answers, reward=1)[:AT_RISK])),
         }
+        if arm.two_policies:
+            measured |= explain(run, arm, errors, corrections, correct)
     run.engine.sleep()
     return measured
 
 
+def explain(run, arm, errors, corrections, correct) -> dict:
+    """What the analyses of the fixed errors say, and what the policy believes of their values."""
+    wrongs = {}
+    for error in errors:
+        wrong = read_steps(error["problem"], error["response"])
+        if wrong:
+            wrongs[error["problem"]] = wrong
+    pairs = []
+    for group in corrections:
+        if group.problem in wrongs:
+            pairs += judgements(group.samples[0].text, wrongs[group.problem])
+    called = pd.DataFrame(pairs, columns=["is wrong", "said wrong"])
+    probed = list(wrongs.values())[:PROBED]
+    measured = {
+        CALLED_WRONG: float(called["said wrong"][called["is wrong"]].mean()),
+        CALLED_RIGHT: float(1 - called["said wrong"][~called["is wrong"]].mean()),
+        WELL_FORMED: float(np.mean([group.spans[0] is not None for group in corrections])),
+        **value_measures(run, probed, arm.kind),
+    }
+    if run.config.steps == 0:  # of the untrained policy, along which it would be trained
+        successful = []
+        for group in correct(errors[: PROBED // 2], samples=range(4)):
+            for sample, reward in zip(group.samples, group.rewards):
+                if reward == 1 and group.problem in wrongs:
+                    successful.append((group.prompt, sample.token_ids, wrongs[group.problem]))
+        measured |= cosines(run, successful[:PROBED], arm.kind)
+    return measured
+
+
+class WholeNumbers:
+    """A grader of the toy's answers, without the worker processes of reward.Grader."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+    def verdicts(self, responses, golds, problems=None):
+        from reward import final_answer
+
+        answers = [final_answer(response) or "" for response in responses]
+        right = [a.isdecimal() and int(a) == int(gold) for a, gold in zip(answers, golds)]
+        return ["right" if r else "wrong" for r in right]
+
+
+def policy_of(arm: Arm, seed: int, work: Path) -> Path:
+    """The folder of the policy and its problems that an arm starts from."""
+    number = seed % 2 if arm.two_policies else 0
+    if (arm.kind, number) == ("recompute", 0):
+        return ROOT / "toy"
+    return work / f"policies/{arm.kind}-{number}"
+
+
 def one_run(name: str, seed: int, work: Path) -> None:
     """In a process of its own: trains, measures, writes the result."""
-    sys.path.insert(0, str(ROOT))
     import train
 
     arm = ARMS[name]
-    toy = work / "hard" if arm.group == "hard" else ROOT / "toy"
+    policy = policy_of(arm, seed, work)
+    fixed = work / f"fixed-errors-{policy.name}.json"
     if arm.fork:
-        {"random tokens": random_tokens, "random success": random_success}[arm.fork](train, seed)
+        redirect_credit(train, arm.fork, seed)
     within_budget(train, arm)
-    train.evaluate_policy = lambda run: measure(run, train, work / f"fixed-errors-{toy.name}.json")
+    train.Grader = WholeNumbers
+    train.evaluate_policy = lambda run: measure(run, arm, fixed)
     train.summary = lambda run: None  # it would look for train.py's own evaluation
-    with tempfile.TemporaryDirectory() as folder:
-        data = toy / "train.jsonl"
-        if arm.group in ("scarce", "hard"):  # the same 32 questions for all arms at a seed
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
+        data = policy / "train.jsonl"
+        if arm.group == "scarce":  # the same 32 questions for all arms at a seed
             lines = data.read_text().splitlines(keepends=True)
             data = Path(folder) / "few.jsonl"
             data.write_text("".join(lines[seed * 32 :][:32]))
-        train.main([
-            *BASE.split(), *arm.flags.split(), f"--model={toy}", f"--train_data={data}",
-            f"--eval_data={toy}/test.jsonl", f"--seed={seed}", f"--output_dir={folder}/run",
-        ])  # fmt: skip
+        flags = [
+            *BASE.split(), *arm.flags.split(), f"--model={policy}", f"--train_data={data}",
+            f"--eval_data={policy}/test.jsonl", f"--seed={seed}", f"--output_dir={folder}/run",
+        ]  # fmt: skip
+        with redirect_stdout(nowhere), redirect_stderr(nowhere):
+            train.main(flags)
         last = json.loads((Path(folder) / "run/metrics.jsonl").read_text().splitlines()[-1])
     if CORRECTED not in last:
-        sys.exit("error: a signal stopped the run before its end")
+        raise RuntimeError(f"{name}, seed {seed}: a signal stopped the run before its end")
     write_whole(result_file(work, name, seed), last)
 
 
@@ -294,177 +535,77 @@ def write_whole(path: Path, value) -> None:
     part.replace(path)
 
 
+def settings(name: str) -> str:
+    """Of all that a result of this arm depends on, so that a changed arm is run again."""
+    return f"{crc32(repr((ARMS[name], BASE, PRICES, FIXED, AT_RISK)).encode()):08x}"
+
+
 def result_file(work: Path, name: str, seed: int) -> Path:
-    """Named by all that a result depends on, so that a changed arm is run again."""
-    digest = crc32(repr((ARMS[name], BASE, PRICES, HARD, FIXED, AT_RISK)).encode())
-    return work / f"{name.replace(' ', '-').replace(',', '')}-seed{seed}-{digest:08x}.json"
+    return work / f"{re.sub('[^a-zA-Z0-9.]+', '-', name)}-seed{seed}-{settings(name)}.json"
+
+
+def make_policies(jobs: list[tuple[str, int]], work: Path) -> None:
+    """Trains the policies that these runs start from, if they are not there: minutes each."""
+    for name, seed in jobs:
+        policy = policy_of(ARMS[name], seed, work)
+        if policy.exists():
+            continue
+        part = policy.with_name(f"{policy.name}.part")
+        kind, number = policy.name.split("-")
+        make = [sys.executable, ROOT / "toy/make_toy.py", "--analysis", kind, "--seed", number]
+        subprocess.run([*make, "--measure", "300", "--output", part], check=True)
+        part.rename(policy)
 
 
 def run_all(names: list[str], seeds: range, jobs: int, work: Path) -> None:
-    """Runs what has no result yet, `jobs` at a time, each in a process with one thread."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    missing = [(name, seed) for seed in seeds for name in names
-               if not result_file(work, name, seed).exists()]  # fmt: skip
-    hard = work / "hard"
-    if any(ARMS[name].group == "hard" for name, _ in missing) and not hard.exists():
-        make = [sys.executable, str(ROOT / "toy/make_toy.py"), *HARD.split(), "--measure", "200"]
-        subprocess.run([*make, "--output", f"{hard}.part"], env=environment, check=True)
-        Path(f"{hard}.part").rename(hard)
-
-    def run(name, seed):
-        command = [sys.executable, sys.argv[0], "--run", name, str(seed), "--work", str(work)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        if done.returncode:
-            raise SystemExit(f"error: {name}, seed {seed}:\n{done.stderr[-3000:]}")
-
-    pool = ThreadPoolExecutor(jobs)
-    try:
-        runs = [pool.submit(run, *job) for job in missing]
-        for done in tqdm(as_completed(runs), total=len(runs), unit="run"):
-            done.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    """Runs what has no result yet, `jobs` at a time, each in a process of its own."""
+    done = {(row.arm, row.seed) for row in results(work).itertuples()}
+    missing = [(name, seed) for seed in seeds for name in names if (name, seed) not in done]
+    make_policies(missing, work)
+    # A server that has imported everything and has no threads forks a process for each run.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train"])
+    with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:
+        runs = [pool.submit(one_run, name, seed, work) for name, seed in missing]
+        try:
+            for run in tqdm(as_completed(runs), total=len(runs), unit="run"):
+                run.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-# ------------------------------------------------------------------------------------- 4. report
-
-
-def statistics(values) -> dict:
-    """Mean, half of the 95 % interval (t), two-sided p of mean 0, and the mean that n values with
-    this spread detect with 80 % power at the 5 % level, (t_0.975 + t_0.8) s / sqrt(n)."""
-    values = np.asarray(values, dtype=float)
-    n, mean = len(values), values.mean()
-    if n < 2:
-        return {"mean": mean, "half": math.nan, "p": math.nan, "detectable": math.nan}
-    from scipy import stats  # here, since one seed, as in the quick test, does without it
-
-    error = stats.sem(values)
-    low, high = stats.t.ppf([0.8, 0.975], n - 1)
-    p = stats.ttest_1samp(values, 0).pvalue if error else float(mean == 0)
-    return {"mean": mean, "half": high * error, "p": p, "detectable": (high + low) * error}
-
-
-def markdown(frame: pd.DataFrame) -> str:
-    rows = [list(frame.columns), ["---"] * len(frame.columns), *frame.astype(str).values.tolist()]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
-
-
-def results(names: list[str], seeds: range, work: Path) -> pd.DataFrame:
-    """A line for each arm and seed, as long as no arm misses the seed."""
+def results(work: Path) -> pd.DataFrame:
+    """A line for each run that is known: those of study.csv, and the files of the work folder."""
     lines = []
-    for seed in seeds:
-        files = {name: result_file(work, name, seed) for name in names}
-        if not all(file.exists() for file in files.values()):
-            break
-        for name, file in files.items():
-            lines.append({"arm": name, "seed": seed, **json.loads(file.read_text())})
-    return pd.DataFrame(lines)
-
-
-def levels(runs: pd.DataFrame) -> pd.DataFrame:
-    """Each arm's means, intervals, and what it spent."""
-    by_arm, interval = runs.groupby("arm", sort=False), "{mean:.3f} ± {half:.3f}"
-    table = by_arm[list(MEASURES)].agg(lambda values: interval.format(**statistics(values)))
-    for name in (f"spent {name}" for name in ("steps", "stage-2 steps", *UNITS)):
-        if name in runs:  # `vanilla` spends nothing
-            table[name] = by_arm[name].mean().fillna(0).map("{:,.1f}".format)
-    table["1,000 tokens"] = by_arm["tokens"].mean().div(1000).map("{:,.0f}".format)
-    by_seed = by_arm[SOLVED].agg(list)
-    table["accuracy by seed"] = [" ".join(map("{:.3f}".format, arm)) for arm in by_seed]
-    return table.reset_index()
-
-
-def compared(seeds: range, work: Path) -> pd.DataFrame:
-    """Every claim's arm minus arm, paired by seed."""
-    lines = []
-    for claim, measure, pattern, other, values in CLAIMS:
-        for value in values:
-            a, b = pattern.format(value), other.format(value)
-            runs = results([a, b], seeds, work)
-            if runs.empty:
-                continue
-            by_arm = runs.set_index(["arm", "seed"])[measure].astype(float)
-            s = statistics(by_arm[a] - by_arm[b])
-            low, high = s["mean"] - s["half"], s["mean"] + s["half"]
-            reading = "no difference shown" if s["p"] >= 0.05 else "-"  # one seed has no p
-            if s["p"] < 0.05:
-                reading = "higher" if s["mean"] > 0 else "lower"
-            lines.append({
-                "claim": claim, "difference": f"{a} − {b}", "of": measure,
-                "mean": f"{s['mean']:+.3f} [{low:+.3f}, {high:+.3f}]", "p": s["p"],
-                "detectable": f"{s['detectable']:.3f}", "reading": reading,
-            })  # fmt: skip
-    return pd.DataFrame(lines)
-
-
-def report(seeds: range, work: Path, output: Path) -> None:
-    """This study's section of RESULTS.md and its figure, of all groups that are there."""
-    claims, shown, text = compared(seeds, work), {}, []
-    for group, title in GROUPS.items():
-        runs = results([name for name in ARMS if ARMS[name].group == group], seeds, work)
-        if not runs.empty:
-            shown[title] = runs
-            note = f"`--groups {group}`, {runs['seed'].nunique()} of {len(seeds)} seeds"
-            text += [f"### {title}", note, markdown(levels(runs))]
-    if claims.empty:
-        sys.exit(f"error: no results in {work} yet")
-    m, readings = len(claims), Counter(claims["reading"])
-    summary = (
-        f"Of these {m} comparisons {readings['higher']} are higher and {readings['lower']} lower "
-        f"at p < 0.05 (chance alone: {m / 20:.1f}), {sum(claims['p'] < 0.05 / m)} also at "
-        f"Bonferroni's {0.05 / m:.5f}. The columns, and what may not be concluded: STUDY.md."
-    )
-    claims["p"] = ["< 0.0001" if p < 1e-4 else f"{p:.4f}" for p in claims["p"]]
-    section = ["![accuracy by arm and seed](study.png)", markdown(claims), summary, *text]
-    write_section(output / "RESULTS.md", "study.py", "\n\n".join(section))
-    draw(shown, output / "study.png")
-
-
-def write_section(path: Path, name: str, text: str) -> None:
-    """Puts `text` between this script's markers in a Markdown file; all around them stays."""
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    before, _, rest = (path.read_text() if path.exists() else "# Measured\n\n").partition(begin)
-    after = rest.partition(end)[2] or "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{before}{begin}\n## {name}\n\n{text}\n{end}{after}")
-
-
-def draw(shown: dict[str, pd.DataFrame], path: Path) -> None:
-    """A panel a table: held-out accuracy of every seed, and its mean with the 95 % interval."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.2 * len(shown), 4), layout="constrained")
-    axes = figure.subplots(1, len(shown), squeeze=False)[0]
-    axes[0].set_ylabel("held-out accuracy")
-    for axis, (title, runs) in zip(axes, shown.items()):
-        arms = runs.groupby("arm", sort=False)[SOLVED]
-        for x, (_, values) in enumerate(arms):
-            s = statistics(values)
-            axis.plot([x] * len(values), values, ".", color="tab:gray", alpha=0.6)
-            axis.errorbar(x + 0.2, s["mean"], np.nan_to_num(s["half"]), fmt="o", capsize=3)
-        axis.set_xticks(range(len(arms)), [arm for arm, _ in arms], rotation=45, ha="right")
-        axis.set_title(title.replace(", ", ",\n"), fontsize="small")
-    figure.savefig(path, dpi=110)
+    if TABLE.exists():
+        for row in pd.read_csv(TABLE, dtype={"settings": str}).to_dict("records"):
+            if row["arm"] in ARMS and row["settings"] == settings(row["arm"]):
+                lines.append(row)
+    for name in ARMS:
+        for seed in range(100):
+            file = result_file(work, name, seed)
+            if file.exists():
+                row = json.loads(file.read_text())
+                lines.append({"arm": name, "seed": seed, "settings": settings(name), **row})
+    frame = pd.DataFrame(lines, columns=None if lines else ["arm", "seed"])
+    return frame.drop_duplicates(["arm", "seed"], keep="last")
 
 
 def main() -> None:
     how = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=how)
-    parser.add_argument("--groups", nargs="*", default=list(GROUPS)[:4], help="of arms to run")
+    parser.add_argument("--groups", nargs="*", default=list(GROUPS), help="of arms to run")
+    parser.add_argument("--arms", nargs="*", help="run only these arms of the groups")
     parser.add_argument("--seeds", type=int, default=8, help="0 .. n-1 of every arm")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/study", help="folder of results")
-    parser.add_argument("--output", type=Path, help="folder of RESULTS.md; default: --work's")
-    parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)  # one run, in its own process
     options = parser.parse_args()
-    work, seeds = options.work.resolve(), range(options.seeds)
-    output = options.output or work
-    work.mkdir(parents=True, exist_ok=True)
-    if options.run:
-        return one_run(options.run[0], int(options.run[1]), work)
+    work = options.work.resolve()
+    (work / "policies").mkdir(parents=True, exist_ok=True)
     names = [name for name in ARMS if ARMS[name].group in options.groups]
-    run_all(names, seeds, options.jobs, work)
-    report(seeds, work, output)
+    if options.arms:
+        names = options.arms
+    run_all(names, range(options.seeds), options.jobs, work)
 
 
 if __name__ == "__main__":
