@@ -68,11 +68,17 @@ SPOILED = "right answers spoiled"
 CALLED_WRONG = "wrong steps called wrong"
 CALLED_RIGHT = "right steps called right"
 WELL_FORMED = "well-formed"
+RIGHT = "log p, right value in solution"
+MISCONCEIVED = "log p, misconceived value in solution"
 MEASURES = (SOLVED, CORRECTED, OWN, SPOILED)
 FIXED = 300  # errors of the untrained policy, on held-out problems
 AT_RISK = 200  # right answers that the policy is asked to correct
 PROBED = 100  # of the fixed errors: log p of the values, and gradients
 UNITS = ("samples", "questions", "seconds")  # questions of stage 1
+MOST_SEEDS = 100
+KEPT = (  # beginnings of the names of what study.csv holds
+    *MEASURES, CALLED_WRONG, CALLED_RIGHT, WELL_FORMED, "log p, ", "cosine, ", "spent ", "tokens",
+)  # fmt: skip
 
 
 # --------------------------------------------------------------------------- 1. arms and claims
@@ -110,7 +116,7 @@ def make_arms() -> dict[str, Arm]:
 
     # Every wrong response is kept, so that the untrained stage 1 costs few rollouts.
     half = "--questions_per_step 16 --group_size 8 --pool_trigger 16"
-    alone = f"{half} --train_stages 2 --errors_per_question 8"
+    alone = f"{half} --train_stages 2 --errors_per_question 8 --eval_questions 500"
     for kind in KINDS:
         def stage2(group, flags="", fork="", budget=CORRECTIONS, kind=kind):
             return Arm(group, "corrections", budget, f"{alone}{flags}", fork, kind, True)
@@ -143,8 +149,49 @@ def make_arms() -> dict[str, Arm]:
     return arms
 
 
-CORRECTIONS = 32 * 128  # of a run with stage 2 alone
+def make_claims() -> list[tuple]:
+    """(claim, measure, arm, the arm that is subtracted); the difference that would show it."""
+    claims = [
+        ("ScRPO learns", SOLVED, "ScRPO, samples", "vanilla"),
+        ("GRPO learns", SOLVED, "GRPO", "vanilla"),
+        ("DAPO solves more than GRPO", SOLVED, "DAPO", "GRPO"),
+        ("... in equal seconds", SOLVED, "DAPO, seconds", "GRPO"),
+        ("the variance filter helps", SOLVED, "ScRPO, samples", "ScRPO without filter"),
+    ]
+    for claim, measure in (("solves more", SOLVED), ("corrects more errors", CORRECTED)):
+        claims += [
+            (f"ScRPO {claim} than GRPO: equal samples", measure, "ScRPO, samples", "GRPO"),
+            ("... equal questions", measure, "ScRPO, questions", "GRPO"),
+            ("... equal questions and samples", measure, "ScRPO, questions", "GRPO, G = 10"),
+            ("... equal seconds", measure, "ScRPO, seconds", "GRPO"),
+        ]
+    for kind in KINDS:
+        for measure in (SOLVED, CORRECTED, CALLED_WRONG, CALLED_RIGHT, MISCONCEIVED, RIGHT):
+            claims.append(("credit to the analysis raises it", measure, f"{kind}: analysis",
+                           f"{kind}: vanilla"))  # fmt: skip
+        for credit in ("corrected solution", "all tokens", "random tokens", "both signs"):
+            claims.append(("credit to the analysis teaches more than other credit", SOLVED,
+                           f"{kind}: analysis", f"{kind}: {credit}"))  # fmt: skip
+        for other in ("analysis", "vanilla"):
+            claims.append(("no credit to quotes is better", SOLVED, f"{kind}: no quotes",
+                           f"{kind}: {other}"))  # fmt: skip
+        claims.append(("... at a quarter of the rate", SOLVED, f"{kind}: analysis, 1.25e-4",
+                       f"{kind}: vanilla"))  # fmt: skip
+    for kind in ("quote", "verdict"):
+        for budget in ("samples", "questions"):
+            claims.append((f"ScRPO solves more than GRPO: equal {budget}", SOLVED,
+                           f"{kind}: ScRPO, {budget}", f"{kind}: GRPO"))  # fmt: skip
+        claims.append(("credit before the analysis too helps", SOLVED, f"{kind}: ScRPO, prefix",
+                       f"{kind}: ScRPO, samples"))  # fmt: skip
+    for unit in UNITS:
+        claims.append((f"with scarce labels, equal {unit}: ScRPO solves more than GRPO", SOLVED,
+                       f"scarce ScRPO, {unit}", "scarce GRPO"))  # fmt: skip
+    return claims
+
+
+CORRECTIONS = 24 * 128  # of a run with stage 2 alone
 ARMS = make_arms()
+CLAIMS = make_claims()
 
 
 # ---------------------------------------------------------------------- 2. one run, and its forks
@@ -564,7 +611,7 @@ def run_all(names: list[str], seeds: range, jobs: int, work: Path) -> None:
     make_policies(missing, work)
     # A server that has imported everything and has no threads forks a process for each run.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train"])
+    context.set_forkserver_preload(["__main__", "train"])
     with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:
         runs = [pool.submit(one_run, name, seed, work) for name, seed in missing]
         try:
@@ -582,13 +629,242 @@ def results(work: Path) -> pd.DataFrame:
             if row["arm"] in ARMS and row["settings"] == settings(row["arm"]):
                 lines.append(row)
     for name in ARMS:
-        for seed in range(100):
+        for seed in range(MOST_SEEDS):
             file = result_file(work, name, seed)
             if file.exists():
-                row = json.loads(file.read_text())
-                lines.append({"arm": name, "seed": seed, "settings": settings(name), **row})
-    frame = pd.DataFrame(lines, columns=None if lines else ["arm", "seed"])
-    return frame.drop_duplicates(["arm", "seed"], keep="last")
+                measured = json.loads(file.read_text())
+                row = {"arm": name, "seed": seed, "settings": settings(name)}
+                for column, value in measured.items():
+                    if column.startswith(KEPT) and value is not None:
+                        row[column] = round(value, 6)
+                lines.append(row)
+    if not lines:
+        return pd.DataFrame(columns=["arm", "seed"])
+    frame = pd.DataFrame(lines).drop_duplicates(["arm", "seed"], keep="last")
+    order = {name: place for place, name in enumerate(ARMS)}
+    return frame.sort_values(["arm", "seed"], key=lambda c: c.map(order).fillna(c))
+
+
+# ------------------------------------------------------------------------------------- 4. report
+
+
+def statistics(values) -> dict:
+    """Mean, half of the 95 % interval (t), two-sided p of mean 0, and the mean that n values with
+    this spread detect with 80 % power at the 5 % level, (t_0.975 + t_0.8) s / sqrt(n)."""
+    values = np.asarray(values, dtype=float)
+    n = len(values)
+    mean = values.mean()
+    if n < 2:
+        return {"n": n, "mean": mean, "half": math.nan, "p": math.nan, "detectable": math.nan}
+    from scipy import stats  # here, since one seed, as in the quick test, does without it
+
+    error = stats.sem(values)
+    t_80, t_975 = stats.t.ppf([0.8, 0.975], n - 1)
+    p = float(mean == 0)
+    if error:
+        p = stats.ttest_1samp(values, 0).pvalue
+    detectable = (t_975 + t_80) * error
+    return {"n": n, "mean": mean, "half": t_975 * error, "p": p, "detectable": detectable}
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    rows = [list(frame.columns), ["---"] * len(frame.columns), *frame.astype(str).values.tolist()]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def interval(values) -> str:
+    values = values.dropna()
+    if values.empty:
+        return "-"
+    return "{mean:.3f} ± {half:.3f}".format(**statistics(values))
+
+
+def levels(runs: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    """Each arm's means and intervals; of what it spent, the means alone."""
+    by_arm = runs.groupby("arm", sort=False)
+    table = pd.DataFrame({"seeds": by_arm.size()})
+    for column in columns:
+        if runs.get(column) is not None and runs[column].notna().any():
+            table[column] = by_arm[column].agg(interval)
+    for unit in ("steps", "stage-2 steps", *UNITS):
+        if f"spent {unit}" in runs:  # `vanilla` spends nothing
+            spent = by_arm[f"spent {unit}"].mean().fillna(0)
+            table[unit] = spent.map("{:,.1f}".format).str.removesuffix(".0")
+    return table.reset_index()
+
+
+def paired(runs: pd.DataFrame, measure: str, arm: str, other: str) -> pd.Series:
+    """The difference at each seed that both arms have."""
+    if measure not in runs:
+        return pd.Series(dtype=float)
+    by_seed = runs.pivot(index="seed", columns="arm", values=measure)
+    if not {arm, other} <= set(by_seed.columns):
+        return pd.Series(dtype=float)
+    return (by_seed[arm] - by_seed[other]).dropna()
+
+
+def compared(runs: pd.DataFrame) -> pd.DataFrame:
+    """Every claim's arm minus arm, paired by seed."""
+    lines = []
+    for claim, measure, arm, other in CLAIMS:
+        differences = paired(runs, measure, arm, other)
+        if differences.empty:
+            continue
+        s = statistics(differences)
+        reading = "-"  # one seed has no p
+        if s["p"] >= 0.05:
+            reading = "no difference shown"
+        if s["p"] < 0.05:
+            reading = "higher" if s["mean"] > 0 else "lower"
+        low = s["mean"] - s["half"]
+        high = s["mean"] + s["half"]
+        lines.append({
+            "claim": claim, "difference": f"{arm} − {other}", "of": measure, "seeds": s["n"],
+            "mean": f"{s['mean']:+.3f} [{low:+.3f}, {high:+.3f}]", "p": s["p"],
+            "detectable": f"{s['detectable']:.3f}", "reading": reading,
+        })  # fmt: skip
+    return pd.DataFrame(lines)
+
+
+def report(runs: pd.DataFrame, output: Path) -> None:
+    """study.csv, the pictures, and this study's section of RESULTS.md, of all that is there."""
+    claims = compared(runs)
+    if claims.empty:
+        sys.exit("error: no results to compare yet; run study.py with --groups of arms first")
+    readings = claims["reading"].value_counts()
+    small = claims["p"] < 0.05 / len(claims)
+    summary = (
+        f"Of these {len(claims)} comparisons {readings.get('higher', 0)} are higher and "
+        f"{readings.get('lower', 0)} lower at p < 0.05 (chance alone: {len(claims) / 20:.1f}), "
+        f"{small.sum()} also at Bonferroni's {0.05 / len(claims):.5f}. The columns, and what may "
+        "not be concluded: STUDY.md."
+    )
+    claims["p"] = ["< 0.0001" if p < 1e-4 else f"{p:.4f}" for p in claims["p"]]
+    section = [f"![{DIFFERENCES}](study.png)", markdown(claims), summary, f"![{WHO}](mechanism.png)"]
+    for group, title in GROUPS.items():
+        of_group = runs[runs["arm"].map(lambda name: ARMS[name].group) == group]
+        if of_group.empty:
+            continue
+        section += [f"### {title} (`--groups {group}`)", markdown(levels(of_group, MEASURES))]
+        if group in ("mechanism", "remedy"):
+            columns = [c for c in runs if c.startswith(("wrong steps", "right steps", "log p"))]
+            section += [WHY, markdown(levels(of_group, [WELL_FORMED, *columns]).iloc[:, : 3 + len(columns)])]
+        if group == "mechanism":
+            columns = [c for c in runs if c.startswith("cosine")]
+            vanilla = of_group[of_group["spent steps"].isna()]
+            section += [COSINES, markdown(levels(vanilla, columns).iloc[:, : 2 + len(columns)])]
+    absent = [name for name in ARMS if name not in set(runs["arm"])]
+    if absent:
+        section.append(f"Not run yet: {'; '.join(absent)}.")
+    write_section(output / "RESULTS.md", "study.py", "\n\n".join(section))
+    runs.to_csv(output / "study.csv", index=False)
+    draw_differences(runs, output / "study.png")
+    draw_mechanism(runs, output / "mechanism.png")
+
+
+def write_section(path: Path, name: str, text: str) -> None:
+    """Puts `text` between this script's markers in a Markdown file; all around them stays."""
+    begin = f"<!-- {name}: begin -->"
+    end = f"<!-- {name}: end -->"
+    before, _, rest = (path.read_text() if path.exists() else "# Measured\n\n").partition(begin)
+    after = rest.partition(end)[2] or "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+
+
+DIFFERENCES = "paired differences of every seed, and their means with 95 % intervals"
+WHO = "accuracy and correction by kind of analysis and by who gets the credit"
+WHY = (
+    "What the analyses of the fixed errors say, and mean log p of the value of the first wrong step "
+    "at three places:"
+)
+COSINES = (
+    "Before training: cosines between the gradient of log p of some tokens of successful "
+    "corrections and of a value of the first wrong step in a solution. Credit to the tokens moves "
+    "the value along it."
+)
+GRAY = "#7d8590"  # of letters and lines: readable on white and on black
+PICTURED = (  # (label, measure, arm, the arm that is subtracted)
+    ("ScRPO − GRPO, equal samples: solved", SOLVED, "ScRPO, samples", "GRPO"),
+    ("... equal questions", SOLVED, "ScRPO, questions", "GRPO"),
+    ("... equal questions and samples", SOLVED, "ScRPO, questions", "GRPO, G = 10"),
+    ("... equal seconds", SOLVED, "ScRPO, seconds", "GRPO"),
+    ("ScRPO − GRPO, equal samples: corrected", CORRECTED, "ScRPO, samples", "GRPO"),
+    ("... equal questions and samples", CORRECTED, "ScRPO, questions", "GRPO, G = 10"),
+    ("analysis − untrained, recompute: solved", SOLVED, "recompute: analysis", "recompute: vanilla"),
+    ("... quote", SOLVED, "quote: analysis", "quote: vanilla"),
+    ("... verdict", SOLVED, "verdict: analysis", "verdict: vanilla"),
+    ("no credit to quotes − analysis, quote: solved", SOLVED, "quote: no quotes", "quote: analysis"),
+)
+WHAT = {SOLVED: "held-out problems solved", CORRECTED: "errors of the untrained policy corrected"}
+COLORS = {
+    "vanilla": GRAY, "analysis": "tab:orange", "no quotes": "tab:olive",
+    "corrected solution": "tab:blue", "all tokens": "tab:green", "random tokens": "tab:purple",
+    "both signs": "tab:red",
+}  # fmt: skip
+LABELS = {"vanilla": "untrained", "no quotes": "credit: analysis without quotes"}
+EXAMPLES = {
+    "recompute": "Step 2: 6+9+0=15 not 16",
+    "quote": "Step 2: 6+9+0=16 wrong",
+    "verdict": "Step 2: wrong",
+}
+
+
+def figure_of(rows: int, height: float, **options):
+    """(figure, axes) of 900 pixels' width, transparent, with letters of 12 pixels."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams.update({
+        "font.size": 9, "text.color": GRAY, "axes.labelcolor": GRAY, "axes.edgecolor": GRAY,
+        "xtick.color": GRAY, "ytick.color": GRAY, "savefig.transparent": True, "savefig.dpi": 100,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9,
+    })  # fmt: skip
+    figure = Figure(figsize=(9, height), layout="constrained")
+    return figure, figure.subplots(rows, 1, squeeze=False, **options)[:, 0]
+
+
+def draw_differences(runs: pd.DataFrame, path: Path) -> None:
+    """Paired differences of PICTURED: every seed, and the mean with its 95 % interval."""
+    drawn = []
+    for label, measure, arm, other in PICTURED:
+        differences = paired(runs, measure, arm, other)
+        if len(differences):
+            drawn.append((f"{label} (n = {len(differences)})", differences))
+    figure, (axis,) = figure_of(1, 0.8 + 0.32 * len(drawn))
+    for y, (_, differences) in enumerate(drawn):
+        s = statistics(differences)
+        axis.plot(differences, [y + 0.18] * len(differences), ".", color=GRAY, ms=4)
+        axis.errorbar(s["mean"], y - 0.1, xerr=s["half"], fmt="o", color="tab:orange", capsize=3)
+    axis.axvline(0, color=GRAY, lw=1)
+    axis.set_yticks(range(len(drawn)), [label for label, _ in drawn])
+    axis.invert_yaxis()
+    axis.set_xlabel("difference in share, paired by seed; dots: seeds, bars: mean and 95 % interval")
+    figure.savefig(path)
+
+
+def draw_mechanism(runs: pd.DataFrame, path: Path) -> None:
+    """What stage 2 alone does to solving and correcting, by kind of analysis; credit by colour."""
+    figure, axes = figure_of(2, 5.6, sharex=True)
+    for axis, measure in zip(axes, (SOLVED, CORRECTED)):
+        axis.set_title(f"{WHAT[measure]}, after stage 2 alone", loc="left")
+        axis.set_ylim(0, 1)
+        for place, kind in enumerate(KINDS):
+            for offset, (credit, color) in enumerate(COLORS.items()):
+                values = runs.loc[runs["arm"] == f"{kind}: {credit}", measure]
+                if values.empty:
+                    continue
+                s = statistics(values)
+                x = place + 0.12 * (offset - 3)
+                axis.plot([x - 0.025] * len(values), values, ".", color=color, ms=3, alpha=0.6)
+                label = LABELS.get(credit, f"credit: {credit}")
+                axis.errorbar(
+                    x + 0.02, s["mean"], np.nan_to_num(s["half"]), fmt="o", color=color, ms=5,
+                    capsize=3, label=label if place == 0 else None,
+                )  # fmt: skip
+    axes[-1].set_xticks(range(len(KINDS)), [f"{kind}\n{EXAMPLES[kind]}" for kind in KINDS])
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    figure.savefig(path)
 
 
 def main() -> None:
@@ -599,6 +875,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=8, help="0 .. n-1 of every arm")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/study", help="folder of results")
+    parser.add_argument("--output", type=Path, help="folder of the report; default: --work's")
     options = parser.parse_args()
     work = options.work.resolve()
     (work / "policies").mkdir(parents=True, exist_ok=True)
@@ -606,6 +883,7 @@ def main() -> None:
     if options.arms:
         names = options.arms
     run_all(names, range(options.seeds), options.jobs, work)
+    report(results(work), options.output or work)
 
 
 if __name__ == "__main__":
