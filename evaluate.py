@@ -30,10 +30,10 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
 
-from error_pool import after_thinking, correction_prompt
-from reward import Grader
+from error_pool import correction_prompt
+from reward import Grader, after_thinking
 from rollout import (
-    Task, claim, digest, fail, fits, fitting, flag, gather, load_policy, load_problems, make_engine,
+    Task, lock_folder as claim, digest, fail, fits, fitting, flag, gather, load_policy, load_problems, make_engine,
     render, sample_groups, solution_prompt, solution_task, start_distributed,
 )  # fmt: skip
 

@@ -20,31 +20,66 @@ import sys
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import wait
+from typing import NamedTuple
 
-MEMORY, START = 2**30, 120.0  # a worker's bytes of address space, and seconds until it is ready
+MEMORY = 2**30  # bytes of address space that a worker may use
+START = 120.0  # seconds until a worker is ready
+
+# What opens and what closes thinking in today's models. Of gpt-oss's channels, `final` alone is no
+# thinking.
+THINKING = {
+    "<think>": "</think>",
+    "<thought>": "</thought>",  # EXAONE Deep
+    "[THINK]": "[/THINK]",  # Magistral
+    "<seed:think>": "</seed:think>",  # Seed-OSS
+    "\u25c1think\u25b7": "\u25c1/think\u25b7",  # Kimi
+    "<|channel|>": "<|channel|>final<|message|>",  # gpt-oss
+    "<|channel>": "<channel|>",  # Gemma 4
+    "<|START_THINKING|>": "<|END_THINKING|>",  # Command A
+    "<|inner_prefix|>": "<|inner_suffix|>",  # Apertus
+}
 
 
-def answer_start(text):
-    """Where the answer begins: behind the last </think>, and nowhere if thinking never ends."""
-    answer = text.rpartition("</think>")[2]
-    return len(text) if "<think>" in answer else len(text) - len(answer)
+def answer_start(text: str) -> int:
+    """Where the answer begins: behind all thinking; at the end of the text if thinking is open."""
+    start = 0
+    for opening, closing in THINKING.items():
+        answer = text.rpartition(closing)[2]
+        if opening in answer:
+            return len(text)
+        start = max(start, len(text) - len(answer))
+    return start
 
 
-def final_answer(text):
+def after_thinking(text: str) -> str:
+    """The answer: all of a text without thinking, nothing of a text whose thinking never ends.
+
+    >>> [after_thinking(text) for text in ("<think>2+2</think>It is 4.", "It is 4.", "<think>2+2")]
+    ['It is 4.', 'It is 4.', '']
+    """
+    return text[answer_start(text):].strip()
+
+
+def final_answer(text: str) -> str | None:
     r"""The content of the last \boxed{} after the thinking; None if it is missing or left open."""
     last = text.rfind(r"\boxed")
     if last < answer_start(text):
         return None
     body = text[last + len(r"\boxed"):].lstrip()
+    if not body.startswith("{"):
+        return None
     depth = 0
     for match in re.finditer(r"\\.|[{}]", body, re.DOTALL):  # an escaped \{ opens nothing
-        depth += {"{": 1, "}": -1}.get(match[0], 0)
-        if depth <= 0:
-            return body[1:match.start()].strip() or None if body.startswith("{") else None
+        if match[0] == "{":
+            depth += 1
+        elif match[0] == "}":
+            depth -= 1
+        if depth == 0:
+            return body[1:match.start()].strip() or None
     return None
 
 
-def grade(responses, golds, timeout=5.0):
+def grade(responses: list[str], golds: list[str], timeout: float = 5.0) -> list[float]:
     """R of each response to its gold: 1.0 if it is right, else 0.0."""
     with Grader(deadline=timeout) as grader:
         return [float(verdict == "right") for verdict in grader.verdicts(responses, golds)]  # Eq. 1
@@ -57,11 +92,17 @@ class Grader(contextlib.ExitStack):
         self.deadline = deadline
         self.idle = [None] * workers  # None: a worker that is yet to be started
 
-    def verdicts(self, responses, golds):
+    def verdicts(self, responses, golds, problems=None):
         """Each "right", "wrong" or "ungradable": late, out of memory, a gold nobody can read."""
-        pairs = list(zip(map(str.strip, golds), map(final_answer, responses), strict=True))
-        known = {(gold, answer): "right" if answer == gold else "wrong"
-                 for gold, answer in pairs if answer in (gold, None)}
+        problems = problems or [""] * len(golds)
+        pairs, known = [], {}
+        for response, gold, problem in zip(responses, golds, problems, strict=True):
+            pair = gold.strip(), final_answer(response)
+            pairs.append(pair)
+            if pair[1] == pair[0]:
+                known[pair] = "right"
+            elif pair[1] is None or copied(pair[1], problem):
+                known[pair] = "wrong"
         jobs = [pair for pair in dict.fromkeys(pairs) if pair not in known]  # samples often agree
         with ThreadPoolExecutor(len(self.idle)) as threads:  # they only wait for the workers
             known.update(zip(jobs, threads.map(self.mark, jobs)))
@@ -97,8 +138,23 @@ def ask(worker, job, seconds):
     return worker.stdout.readline().strip() if wait([worker.stdout], seconds) else ""
 
 
-def find_correction(token_ids, tokenizer, span="sections"):
-    """(start, end, solution_text) of a well-formed correction, else None (Eq. 11).
+def copied(answer: str, problem: str) -> bool:
+    """Whether the answer is a formula of the question, and not worked out."""
+    return f"${answer}$" in problem
+
+
+class Correction(NamedTuple):
+    """A well-formed correction: token_ids[start:end] is its analysis (Eqs. 11, 12)."""
+
+    start: int
+    end: int
+    solution: str  # the text behind the second header, which is graded
+
+
+def find_correction(
+    token_ids: list[int], tokenizer, span: str = "sections"
+) -> Correction | None:
+    """The sections of a correction, None if it has not both of them once (Eq. 11).
 
     token_ids[start:end] is the analysis (Eq. 12): the tokens that lie wholly between its headers,
     which are [ours]; span="prefix": from token 0. Without skip_special_tokens: <think> may be one.
@@ -124,7 +180,7 @@ def find_correction(token_ids, tokenizer, span="sections"):
     counts = range(len(token_ids) + 1)  # by bisection: each look costs time of order n
     start = 0 if span == "prefix" else bisect.bisect_left(counts, begin, key=whole)
     end = bisect.bisect_right(counts, stop, key=lambda k: len(text_of(k))) - 1
-    return start, max(start, end), text[after + solution[0].end():]  # Eq. 12
+    return Correction(start, max(start, end), text[after + solution[0].end():])  # Eq. 12
 
 
 def header(name):

@@ -9,6 +9,7 @@
 TransformersEngine samples from the live model and runs anywhere; VLLMEngine is for speed on a GPU.
 """
 
+import ctypes
 import fcntl
 import hashlib
 import importlib.util
@@ -16,8 +17,8 @@ import json
 import logging
 import math
 import os
-import random
 import re
+import signal
 import sys
 import time
 from contextlib import contextmanager
@@ -25,22 +26,64 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from decimal import Decimal
 from functools import lru_cache, partial
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
-from typing import Optional
+from typing import NamedTuple, Optional
+
+PARENT = os.getppid()  # torchrun, if it started us; noted before the slow imports that follow
 
 import numpy
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_utils import AttentionInterface
 from transformers.utils.logging import disable_progress_bar
 
-from error_pool import after_thinking
-from reward import final_answer, find_correction
+import error_pool
+import reward
+
+# -------------------------------------------------------------------------------------- what is drawn
+
+
+@dataclass
+class Task:
+    """What is asked: a question, or in stage 2 the correction of a wrong answer to one."""
+
+    problem: str
+    answer: str  # the gold final answer
+    prompt: list[int]
+    question: int  # its place among the step's questions; in an evaluation its number in the file
+    corrects: Optional[int] = None  # in an evaluation: the sample that this asks to correct
+
+
+@dataclass
+class Sample:
+    """One response. The engine fills the first four fields, grading the others."""
+
+    token_ids: list[int]  # as sampled; the end-of-turn id is the last one iff `finished`
+    logprobs: list[float]  # log mu of each, at the sampling temperature
+    text: str  # without what ends it; begins with `<think>` if the prompt ended with it
+    finished: bool  # False: cut off at max_new_tokens
+    verdict: str = ""  # "right", "wrong" or "ungradable"
+    reward: float = 0.0  # R of Eq. 1, R' of Eq. 11; a fork may give any number from 0 to 1
+    analysis: Optional[tuple[int, int]] = None  # of a correction: (start, end) in token_ids
+    solution: Optional[str] = None  # of a correction: what is graded; "" if not well-formed
+
+
+@dataclass(kw_only=True)
+class Group(Task):
+    """A task and its G samples."""
+
+    samples: list[Sample]
+
+    @property
+    def rewards(self) -> list[float]:
+        return [sample.reward for sample in self.samples]
+
 
 # ----------------------------------------------------------------------------------------- problems
 
@@ -53,17 +96,22 @@ class Problem:
 
 
 # The first of these fields that a row has counts. They cover the paper's benchmarks as the hub has
-# them, and for training MATH, DAPO-Math-17k and DeepScaleR.
+# them, and for training MATH, NuminaMath, OpenMathReasoning, DAPO-Math-17k and DeepScaleR.
 PROBLEM_FIELDS = ("problem", "question", "prompt")
-ANSWER_FIELDS = ("answer", "final_answer", "reward_model", "solution")
+ANSWER_FIELDS = (
+    "answer", "final_answer", "expected_answer", "ground_truth", "reward_model", "solution",
+)  # fmt: skip
+NO_ANSWER = ("proof", "notfound")  # in NuminaMath's words
 
 
 def load_problems(source: str) -> list[Problem]:
     """Problems of a JSONL, JSON or Parquet file, or of a dataset on the hub, `id[:config[:split]]`.
 
-    Raises ValueError, one line with file, row, field and remedy.
+    Rows without a final answer are left out and counted in a warning. ValueError, one line with
+    file, row, field and remedy, for what cannot be read.
     """
     problems = {}
+    unanswered = []
     for i, row in enumerate(read_rows(source)):
         where = f"{source}, row {i}"
         try:
@@ -71,46 +119,49 @@ def load_problems(source: str) -> list[Problem]:
             answer = read_field(row, ANSWER_FIELDS, read_answer)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
+        if answer.lower() in NO_ANSWER:
+            unanswered.append(where)
+            continue
         # DAPO-Math-17k holds each problem 100 times. Elsewhere a repeat stays: benchmarks count it.
         key = (problem, answer) if "reward_model" in row else where
         problems.setdefault(key, Problem(problem, answer, str(row.get("source", where))))
     if not problems:
-        raise ValueError(f"{source}: no problems in it; give rows with `problem` and `answer`")
+        raise ValueError(f"{source}: no problem with a final answer; give `problem` and `answer`")
+    if unanswered:
+        warn(f"{unanswered[0]} has no final answer; {len(unanswered)} such rows are left out")
     return list(problems.values())
 
 
-def digest(problems) -> str:
-    """Of what is asked and answered: a file may change behind its path."""
+def digest(problems: list[Problem]) -> str:
+    """Changes with what is asked or answered: the content behind a path may change."""
     content = repr([(p.problem, p.answer) for p in problems]).encode()
     return hashlib.sha256(content).hexdigest()[:12]
 
 
 def read_rows(source: str):
-    """The rows of a file or dataset. ValueError, one line, where it cannot be read."""
-    rows = []
+    """The rows of a file or of a dataset. ValueError, one line, where they cannot be read."""
     try:
         if source.endswith(".parquet"):
             from pyarrow import parquet
 
             return parquet.read_table(source).to_pylist()
         if os.path.isfile(source) or re.search(r"\.(jsonl?|csv|txt|gz)$", source):
+            # Not by pandas: where a row lacks a field, it makes floats of the other rows' integers.
             text = Path(source).read_text(encoding="utf-8-sig")
-            if text.lstrip().startswith("["):
-                return json.loads(text)
-            for line in filter(str.strip, text.split("\n")):
-                rows.append(json.loads(line))
-            return rows
+            if not text.lstrip().startswith("["):  # a row a line, and errors name the line
+                text = "[" + ",\n".join(filter(str.strip, text.split("\n"))) + "]"
+            return json.loads(text)
         from datasets import load_dataset
 
-        name, config, split = (source.split(":") + ["", ""])[:3]
+        name, _, rest = source.partition(":")
+        config, _, split = rest.partition(":")
         splits = load_dataset(name, config or None)
         if not split and len(splits) > 1:  # a guess is how a test set gets trained on
             raise ValueError(f"name one of its splits {list(splits)}, as in {name}:{config}:train")
         return splits[split or next(iter(splits))]
-    except Exception as error:  # datasets has no one class for what can go wrong
+    except Exception as error:  # these libraries have no common class for what can go wrong
         remedy = "give JSON lines in UTF-8 or Parquet, or a dataset on the hub as id:config:split"
-        where = f"{source}, row {len(rows)}" if rows else source
-        raise ValueError(f"{where}: {type(error).__name__}: {error}; {remedy}") from None
+        raise ValueError(f"{source}: {type(error).__name__}: {error}; {remedy}") from None
 
 
 def read_field(row, names: tuple, read) -> str:
@@ -125,7 +176,7 @@ def read_field(row, names: tuple, read) -> str:
     if name is None:
         raise ValueError(f"give it a field {' or '.join(names)}; there are {list(row)}")
     try:
-        text = read(row[name]).strip()
+        text = read(row[name], name).strip()
         text.encode()  # half of a surrogate pair is no text
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         message = f"field {name!r} holds {row[name]!r:.60} ({error}); give text in `{names[0]}`"
@@ -135,35 +186,44 @@ def read_field(row, names: tuple, read) -> str:
     return text
 
 
-def read_prompt(value) -> str:
+def read_prompt(value, _field) -> str:
     """Text, or the last user turn of a chat, without the instruction that DAPO-Math-17k adds."""
     if not isinstance(value, str):
         value = [turn["content"] for turn in value if turn["role"] == "user"][-1]
     if isinstance(value, list):  # of parts, which must all be text
         value = "".join(part["text"] for part in value)
-    wrapping = r"Solve the following math problem step by step\..*?\n\n(.*)\n\nRemember to put.*"
-    wrapped = re.fullmatch(wrapping, value, re.DOTALL)
-    return wrapped[1] if wrapped else value
+    instructed = r"\ASolve the following math problem step by.*?\n\n(.*)\n\nRemember to put.*\Z"
+    return re.sub(instructed, r"\1", value, flags=re.DOTALL)
 
 
-def read_answer(value) -> str:
-    """Text, a number, a list of them (OlympiadBench), or the end of a solution (GSM8K, MATH).
+def read_answer(value, field="answer") -> str:
+    r"""Text, a number, a list of them (OlympiadBench), or the end of a solution (GSM8K, MATH).
 
     >>> [read_answer(value) for value in (142.0, 0.1 + 0.2, 1e22, -0.0, [1, "2"], "$2$")]
     ['142', '0.3', '10000000000000000000000', '0', '1, 2', '2']
+    >>> read_answer(r"$x=\fbox{2}$ or $\boxed{-2}$", "solution"), read_answer("Trivial", "solution")
+    ('2, -2', 'notfound')
     """
-    if isinstance(value, dict):  # DAPO's reward_model
+    if field == "reward_model":  # DAPO's, or its JSON text
+        if isinstance(value, str):
+            value = json.loads(value)
         value = value["ground_truth"]
     if isinstance(value, list):
         return ", ".join(map(read_answer, value))
-    number = isinstance(value, (int, float, Decimal)) and -math.inf < value < math.inf
-    if isinstance(value, bool) or not (number or isinstance(value, str)):
+    is_number = isinstance(value, (int, float, Decimal)) and -math.inf < value < math.inf
+    if isinstance(value, bool) or not (is_number or isinstance(value, str)):
         raise TypeError("neither text nor a number")
     if isinstance(value, float):  # it holds 15 digits of a decimal, but all of an integer
         value = format(Decimal(f"{value + 0:.{15 if value % 1 else 17}g}"), "f")
-    text = str(value).rpartition("####")[2]  # GSM8K
-    text = final_answer(text) if "\\boxed" in text else text  # MATH
-    return re.sub(r"(?<!\\)\$", "", text)  # OlympiadBench
+    text = str(value)
+    answer = text.rpartition("####")[2]  # GSM8K
+    if re.search(r"\\(boxed|fbox)", answer):  # MATH; all that differ: x^2 = 4 has two answers
+        parts = reward.after_thinking(answer).replace("\\fbox", "\\boxed").split("\\boxed")[1:]
+        boxes = dict.fromkeys(reward.final_answer("\\boxed" + part) for part in parts)
+        answer = ", ".join(filter(None, boxes))
+    if field == "solution" and answer in (text, ""):  # a proof, or a box that never ends
+        return NO_ANSWER[1]
+    return re.sub(r"(?<!\\)\$", "", answer)  # OlympiadBench
 
 
 # ------------------------------------------------------------------------------------------ prompts
@@ -178,10 +238,14 @@ def solution_prompt(problem: str) -> str:
 
 @lru_cache(maxsize=4)
 def control_tokens(tokenizer) -> re.Pattern:
-    """What a problem must not be able to write into a prompt: `<|im_end|>`, `</s>`, `<think>`."""
-    added = tokenizer.added_tokens_decoder.values()
-    names = [str(t) for t in added if t.special or re.fullmatch(r"<\|.+\|>|</?think>", str(t))]
-    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")
+    """What a problem must not be able to write into a prompt: `<|im_end|>`, `</s>`, `[THINK]`."""
+    marks = {*reward.THINKING, *reward.THINKING.values()}
+    names = []
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special or str(token) in marks or re.fullmatch(r"<\|.+\|>", str(token)):
+            names.append(re.escape(str(token)))
+    names.sort(key=len, reverse=True)  # of two that begin alike the longer one
+    return re.compile("|".join(names) or r"(?!)")
 
 
 def apply_template(tokenizer, turns: list[dict], **options) -> str:
@@ -224,26 +288,36 @@ def needed_context(longest_prompt: int, template: int, max_new_tokens: int, limi
     return min(limit, longest_prompt + template + 2 * max_new_tokens)
 
 
-def to_text(tokenizer, prompt: list[int], token_ids: list[int]) -> str:
-    """What the response says; R1-Distill's template ends the prompt with `<think>`: it is put back.
+def to_text(tokenizer, prompt: list[int], token_ids: list[int], finished=False) -> str:
+    """What a response says, without the id that ends it if it is `finished`.
 
-    Not `skip_special_tokens`: where `<think>` is a special token, graders would miss it.
+    R1-Distill's template ends the prompt with `<think>`: it is put back. Special tokens are not
+    skipped: where the marks of thinking are special, graders would miss them.
     """
-    prefilled = tokenizer.decode(prompt[-12:]).rstrip().endswith("<think>")
+    if finished:
+        token_ids = token_ids[:-1]
     silent = (tokenizer.eos_token_id, tokenizer.pad_token_id)
-    return "<think>\n" * prefilled + tokenizer.decode([t for t in token_ids if t not in silent])
+    text = tokenizer.decode([token for token in token_ids if token not in silent])
+    end_of_prompt = tokenizer.decode(prompt[-20:]).rstrip()  # longer than any mark in bytes
+    for mark in reward.THINKING:
+        if end_of_prompt.endswith(mark):
+            text = f"{mark}\n{text}"
+    return text
 
 
 def stop_ids(model, tokenizer) -> set[int]:
     """The ids that end a response: the generation config's, the tokenizer's, and what the template
     writes after an assistant's turn, which in base models is not the EOS."""
-    of_model = model.generation_config.eos_token_id
-    stops = {tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])}
+    configured = model.generation_config.eos_token_id
+    if not isinstance(configured, list):
+        configured = [configured]
+    stops = {tokenizer.eos_token_id, *configured}
     if tokenizer.chat_template is not None:
         turns = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "It is 2."}]
-        tail = apply_template(tokenizer, turns).partition("It is 2.")[2]
-        end = control_tokens(tokenizer).search(tail)
-        stops.add(tokenizer.convert_tokens_to_ids(end[0]) if end else None)
+        _, _, after_turn = apply_template(tokenizer, turns).partition("It is 2.")
+        end = control_tokens(tokenizer).search(after_turn)
+        if end:
+            stops.add(tokenizer.convert_tokens_to_ids(end[0]))
     return stops - {None}
 
 
@@ -265,20 +339,15 @@ def sample_seed(run_seed: int, step: int, question: int, sample: int, corrects=N
     return int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "little") >> 1
 
 
-def uniforms(seeds: torch.Tensor, index: int) -> torch.Tensor:
-    """splitmix64 of (seed, index), elementwise on int64 seeds -> float64 in [0, 1).
+def uniforms(seeds: numpy.ndarray, index: int) -> numpy.ndarray:
+    """splitmix64 of (seed, index), elementwise on uint64 seeds -> float64 in [0, 1).
 
     Counter-based: the number for token t of a sample needs no state, so no generator follows a row.
     """
-
-    def xorshift(z, k):  # z ^ (z >>> k): torch's >> would carry the sign in
-        return z ^ ((z >> k) & ((1 << (64 - k)) - 1))
-
-    golden = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as int64; products wrap, as they should
-    z = seeds + torch.tensor(index + 1, device=seeds.device) * golden
-    z = xorshift(z, 30) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
-    z = xorshift(z, 27) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
-    return ((xorshift(z, 31) >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
+    z = seeds + numpy.uint64((index + 1) * 0x9E3779B97F4A7C15 % 2**64)  # arithmetic modulo 2**64
+    z = (z ^ (z >> 30)) * numpy.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> 27)) * numpy.uint64(0x94D049BB133111EB)
+    return ((z ^ (z >> 31)) >> 11) * 2.0**-53
 
 
 def draw(logits, uniform, *, temperature: float, top_p: float, vocabulary: int):
@@ -287,22 +356,23 @@ def draw(logits, uniform, *, temperature: float, top_p: float, vocabulary: int):
     mu = softmax(logits / T) over the tokenizer's `vocabulary` ids: what an embedding has beyond
     them means nothing. T = 0 takes the likeliest id, log mu is then at T = 1: both as in vLLM.
     """
-    beyond = torch.arange(logits.shape[-1], device=logits.device) >= vocabulary
-    logits = (logits.float() / (temperature or 1.0)).masked_fill(beyond, float("-inf"))
+    logits = logits.float() / (temperature or 1.0)
+    logits[:, vocabulary:] = -math.inf
     if top_p < 1:  # the fewest likeliest ids that hold top_p; in training it would bias Eq. 3
         ordered, ids = logits.sort(descending=True)
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        logits = logits.scatter(-1, ids, ordered.masked_fill(before >= top_p, float("-inf")))
+        logits = logits.scatter(-1, ids, ordered.masked_fill(before >= top_p, -math.inf))
     top, likeliest = logits.max(-1, keepdim=True)
     weight = (logits - top).exp()
     mass = weight.cumsum(-1, dtype=torch.float64)  # float32 would lose the tail of 150,000 ids
+    total = mass[:, -1:]
     ids = likeliest
     if temperature > 0:
-        ids = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True)
+        ids = torch.searchsorted(mass, uniform[:, None] * total, right=True)
         ids = ids.clamp(max=logits.shape[-1] - 1)
         # A parallel sum need not be monotone: an id of no weight must not come of it.
         ids = torch.where(weight.gather(-1, ids) > 0, ids, likeliest)
-    logprobs = logits.gather(-1, ids) - top - mass[:, -1:].log().float()
+    logprobs = logits.gather(-1, ids) - top - total.log().float()
     return ids[:, 0], logprobs[:, 0]
 
 
@@ -327,46 +397,57 @@ AttentionInterface.register("grouped_decode", grouped_decode)
 class RoomyLayer(DynamicLayer):
     """The library's cache of a layer copies all of itself at every token; this one has room."""
 
-    room = ()  # keys, values [R,K,more,D], of which the first columns are in use
-
     def update(self, key_states, value_states, *args, **kwargs):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-        start = self.keys.shape[2]
-        end = start + key_states.shape[2]
-        if not self.room or end > self.room[0].shape[2]:
-            more = (*key_states.shape[:2], end - start + 32)
-            self.room = [torch.cat((old, old.new_empty(*more, old.shape[3])), dim=2)
-                         for old in (self.keys, self.values)]  # fmt: skip
-        for room, new in zip(self.room, (key_states, value_states)):
-            room[:, :, start:end] = new
-        self.keys, self.values = (room[:, :, :end] for room in self.room)
+            self.keys = key_states[:, :, :0].clone()
+            self.values = value_states[:, :, :0].clone()
+        self.keys = append_columns(self.keys, key_states)
+        self.values = append_columns(self.values, value_states)
         return self.keys, self.values
 
-    def reorder_cache(self, rows):
-        super().reorder_cache(rows)
-        self.room = ()
+
+def append_columns(used, new):
+    """[R,K,C,D] and [R,K,t,D] -> [R,K,C+t,D]: in the tensor that `used` is a part of, if it is
+    large enough, else in a new one."""
+    room = used if used._base is None else used._base
+    end = used.shape[2] + new.shape[2]
+    if end > room.shape[2]:
+        rows, heads, width, size = new.shape
+        room = torch.cat((used, new.new_empty(rows, heads, width + 32, size)), dim=2)
+    room[:, :, used.shape[2] : end] = new
+    return room[:, :, :end]
+
+
+class Row(NamedTuple):
+    """A sample that the engine is about to draw."""
+
+    prompt: list[int]
+    seed: int
+    sample: Sample
 
 
 class TransformersEngine:
     """Samples from the live model itself: nothing to push, nothing to put to sleep.
 
     Cache and layers are the library's own, so every causal model works; where all layers attend to
-    everything, RoomyLayer and grouped_decode make them faster. Finished rows are dropped; their
-    places stay empty until all in flight have finished [ours], which keeps the cache simple.
+    everything, RoomyLayer and grouped_decode make them faster. A finished row leaves its batch, and
+    no new one joins before the batch is done [ours]: that keeps the cache simple.
     """
 
     name = "transformers"
-    max_rows = 512  # in flight at a time [ours]
+    max_rows = 512  # of a batch [ours]
     prefill_tokens = 32_768  # of the prompts that go through the model together [ours]
 
     def __init__(self, model, tokenizer, *, max_context: int, memory_share=0.3, model_path=None):
-        self.model, self.tokenizer, self.max_context = model, tokenizer, max_context
-        self.stop, self.grouped = stop_ids(model, tokenizer), False
+        self.model = model
+        self.tokenizer = tokenizer
+        self.max_context = max_context
+        self.stop = stop_ids(model, tokenizer)
+        self.grouped = False
         one = torch.ones(1, 1, dtype=torch.long, device=model.device)
         with torch.no_grad():
-            _, cache = self.forward(one, one, one)
+            _, cache = self.forward(one, one > 0)
         full = all(type(layer) is DynamicLayer for layer in cache.layers)  # no windows
         capped = getattr(model.config, "attn_logit_softcapping", None)
         self.grouped = full and not capped and model._supports_attention_backend
@@ -378,82 +459,100 @@ class TransformersEngine:
         token_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in growing)
         self.cache_tokens = int(memory_share * memory / token_bytes)
 
-    def sleep(self) -> None:
-        """There is nothing to put to sleep, and nothing to close."""
-
-    close = sleep
-
     def update_weights(self, model) -> None:
         self.model = model
 
-    @torch.compiler.set_stance("force_eager")  # or each new width would be compiled
-    @torch.no_grad()  # not inference_mode: a rotary table kept from it could not be trained with
+    def sleep(self) -> None:
+        """There is nothing to put to sleep."""
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+    @torch.compiler.set_stance("force_eager")  # a compiled layer would be compiled for each width
+    @torch.no_grad()  # not inference_mode: backward cannot use what a model keeps of that
     def generate(self, prompts, n, *, temperature, top_p=1.0, max_new_tokens, seeds, bar=tqdm):
         """n samples of each prompt, [prompts][n]; seeds[b][i] is that of sample i of prompt b.
 
         `bar` makes the progress bar; it gets its total.
         """
         sampling = dict(temperature=temperature, top_p=top_p, vocabulary=len(self.tokenizer))
-        samples = [[Sample([], [], "", False) for _ in range(n)] for _ in prompts]
-        order = sorted(range(len(prompts)), key=lambda b: -len(prompts[b]))  # so little is padded
-        waiting = [(prompts[b], seeds[b][i], samples[b][i]) for b in order for i in range(n)]
+        rows = []
+        for prompt, row_seeds in zip(prompts, seeds, strict=True):
+            rows += [Row(prompt, seed, Sample([], [], "", False)) for seed in row_seeds]
+        waiting = sorted(rows, key=lambda row: -len(row.prompt))  # so little is padded
         self.model.eval()  # which also lets a model with gradient checkpointing use a cache
-        with bar(total=len(waiting)) as progress:
+        with bar(total=len(rows)) as progress:
             while waiting:
-                width = len(waiting[0][0])
-                rows = min(self.max_rows, self.cache_tokens // (width + max_new_tokens))
-                rows = max(1, min(rows, n * (self.prefill_tokens // width)))
-                self.decode(waiting[:rows], max_new_tokens, sampling, progress)
-                waiting = waiting[rows:]
-        return samples
+                width = len(waiting[0].prompt)
+                in_memory = self.cache_tokens // (width + max_new_tokens)
+                prefilled = n * (self.prefill_tokens // width)
+                size = max(1, min(self.max_rows, in_memory, prefilled))
+                self.decode(waiting[:size], max_new_tokens, sampling, progress)
+                waiting = waiting[size:]
+        for prompt, _, s in rows:
+            s.text = to_text(self.tokenizer, prompt, s.token_ids, s.finished)
+        return [[row.sample for row in rows[b * n : (b + 1) * n]] for b in range(len(prompts))]
 
-    def decode(self, live: list, max_new_tokens: int, sampling: dict, progress) -> None:
-        """Fills the samples of `live`, rows of (prompt, seed, sample), a token each at a time."""
+    def decode(self, rows: list[Row], max_new_tokens: int, sampling: dict, progress) -> None:
+        """Draws the samples of these rows, a token each at a time."""
         device = self.model.device
-        prompts = {id(prompt): prompt for prompt, _, _ in live}  # each goes through the model once
-        width = len(live[0][0])
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts.values()], device=device)
-        length = torch.tensor([len(p) for p in prompts.values()], device=device)
-        # Padded on the left, so that all rows grow by the same column.
-        mask = torch.arange(width, device=device) >= width - length[:, None]
-        logits, cache = self.forward(ids, mask.long(), (mask.cumsum(1) - 1).clamp(min=0))  # [P,V]
-        place = {key: row for row, key in enumerate(prompts)}
-        rows = torch.tensor([place[id(prompt)] for prompt, _, _ in live], device=device)
-        cache.reorder_cache(rows)
-        logits, mask, length = logits[rows], mask[rows], length[rows]
-        seed = torch.tensor([seed for _, seed, _ in live], device=device)
+        logits, mask, cache = self.prefill([tuple(row.prompt) for row in rows])
+        seeds = numpy.array([row.seed for row in rows], dtype=numpy.uint64)
         for t in range(max_new_tokens):
-            ids, logprobs = draw(logits, uniforms(seed, t), **sampling)
+            uniform = torch.from_numpy(uniforms(seeds, t)).to(device)
+            ids, logprobs = draw(logits, uniform, **sampling)
             going = []
-            for row, (token, logprob) in enumerate(zip(ids.tolist(), logprobs.tolist())):
-                prompt, _, sample = live[row]
+            for r, (token, logprob) in enumerate(zip(ids.tolist(), logprobs.tolist())):
+                sample = rows[r].sample
                 sample.token_ids.append(token)
                 sample.logprobs.append(logprob)
                 sample.finished = token in self.stop
-                if sample.finished or t + 1 == max_new_tokens:
-                    said = sample.token_ids[:-1] if sample.finished else sample.token_ids
-                    sample.text = to_text(self.tokenizer, prompt, said)
-                else:
-                    going.append(row)
-            progress.update(len(live) - len(going))
+                if not sample.finished and t + 1 < max_new_tokens:
+                    going.append(r)
+            progress.update(len(rows) - len(going))
             if not going:
                 return
-            if len(going) < len(live):
-                live, rows = [live[row] for row in going], torch.tensor(going, device=device)
-                cache.reorder_cache(rows)
-                ids, mask, length, seed = ids[rows], mask[rows], length[rows], seed[rows]
+            if len(going) < len(rows):
+                rows = [rows[r] for r in going]
+                seeds = seeds[going]
+                kept = torch.tensor(going, device=device)
+                cache.reorder_cache(kept)
+                ids = ids[kept]
+                mask = mask[kept]
             mask = F.pad(mask, (0, 1), value=True)
-            columns = mask[:, None, None] if self.grouped else mask.long()
-            logits, _ = self.forward(ids[:, None], columns, (length + t)[:, None], cache)
+            logits, _ = self.forward(ids[:, None], mask, cache)
 
-    def forward(self, ids, mask, position, cache=None):
-        """The model over new tokens [R,t]: the logits after the last one [R,V], and the cache."""
-        config, own = self.model.config, self.model.config._attn_implementation
-        config._attn_implementation = "grouped_decode" if self.grouped and cache else own
-        if self.grouped and not cache:
+    def prefill(self, prompts: list[tuple]):
+        """[R] prompts, of which each goes through the model once -> logits [R,V], mask [R,C], cache.
+
+        They are padded on the left, so that all rows grow by the same column.
+        """
+        device = self.model.device
+        distinct = list(dict.fromkeys(prompts))
+        places = torch.tensor([distinct.index(prompt) for prompt in prompts], device=device)
+        ids = pad_sequence([torch.tensor(prompt) for prompt in distinct], batch_first=True,
+                           padding_value=-1, padding_side="left").to(device)  # fmt: skip
+        mask = ids >= 0
+        logits, cache = self.forward(ids.clamp(min=0), mask)
+        cache.reorder_cache(places)
+        return logits[places], mask[places], cache
+
+    def forward(self, ids, mask, cache=None):
+        """The model over the newest tokens [R,t] -> the last one's logits [R,V], and the cache.
+
+        mask [R,C] says of all tokens, those in the cache too, which ones are no padding.
+        """
+        config = self.model.config
+        own = config._attn_implementation
+        position = (mask.cumsum(1)[:, -ids.shape[1] :] - 1).clamp(min=0)
+        columns = mask.long()
+        if self.grouped and cache is None:
             cache = Cache(layer_class_to_replicate=RoomyLayer)
+        elif self.grouped:
+            config._attn_implementation = "grouped_decode"
+            columns = mask[:, None, None]
         try:
-            out = self.model(input_ids=ids, attention_mask=mask, position_ids=position,
+            out = self.model(input_ids=ids, attention_mask=columns, position_ids=position,
                              past_key_values=cache, use_cache=True, logits_to_keep=1)  # fmt: skip
         finally:
             config._attn_implementation = own
@@ -465,21 +564,23 @@ class TransformersEngine:
 
 @contextmanager
 def trainer_state():
-    """Puts back what building a vLLM engine changes in the process, which is the trainer's: random
-    states, threads, float32 precision. Its CPU build even makes torch.set_num_threads a dummy."""
-    states = random.getstate(), numpy.random.get_state()
+    """Puts back what importing and building vLLM changes for the trainer, in the same process."""
+    set_num_threads = torch.set_num_threads  # vLLM's CPU build makes it do nothing
+    threads = torch.get_num_threads()
     precision = torch.get_float32_matmul_precision()
-    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
-    gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()  # the fastest attention on Hopper
     try:
-        with torch.random.fork_rng(gpus):
-            yield
+        yield
     finally:
-        random.setstate(states[0])
-        numpy.random.set_state(states[1])
-        torch.set_float32_matmul_precision(precision)
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+
+
+def silence(log: str, text: str) -> None:
+    """Drops the lines with this text from that log."""
+    logging.getLogger(log).addFilter(lambda line: text not in line.getMessage())
 
 
 class VLLMEngine:
@@ -491,7 +592,8 @@ class VLLMEngine:
     name = "vllm"
 
     def __init__(self, model, tokenizer, *, model_path, max_context, memory_share=0.3):
-        self.tokenizer, self.max_context = tokenizer, max_context
+        self.tokenizer = tokenizer
+        self.max_context = max_context
         self.cuda = model.device.type == "cuda"
         self.stop = sorted(stop_ids(model, tokenizer))
         # Ids past the tokenizer, see `draw`. -100 is the strongest bias that vLLM takes.
@@ -505,9 +607,9 @@ class VLLMEngine:
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         # Seeded samples never pass through it, and building it stops some starts (vllm#49497).
         os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
-        noise = "RotaryEmbedding: Failed to load weights"  # at every push; it has none to load
-        log = logging.getLogger("vllm.model_executor.model_loader.reload.layerwise")
-        log.addFilter(lambda record: noise not in record.getMessage())
+        reload = "vllm.model_executor.model_loader.reload.layerwise"
+        silence(reload, "RotaryEmbedding: Failed to load weights")  # at every push; it has none
+        silence("vllm.engine.arg_utils", "The global random seed is set")  # which nobody uses
         settings = dict(
             skip_tokenizer_init=True,
             # takes torchrun's LOCAL_RANK for the device; the plain one puts every rank on cuda:0
@@ -518,16 +620,27 @@ class VLLMEngine:
             gpu_memory_utilization=memory_share,
             logprobs_mode="processed_logprobs",  # after the temperature; the default is before
             enable_sleep_mode=self.cuda,
+            enable_flashinfer_autotune=False,  # minutes, for kernels that are not used
         )
         if not self.cuda:  # for tests. Its sampler fails when a seeded prompt is cut into chunks
             settings |= dict(enforce_eager=True, kv_cache_memory_bytes=1 << 28,
                              enable_chunked_prefill=False,
                              max_num_batched_tokens=max(8192, max_context))  # fmt: skip
-        with trainer_state():
-            from vllm import LLM, SamplingParams
+        warn("vLLM starts, on a GPU in about two minutes; machines of different kinds that share a "
+             "home folder need a VLLM_CACHE_ROOT each", kind="note")  # fmt: skip
+        try:
+            with trainer_state():
+                from vllm import LLM, SamplingParams
 
-            self.llm, self.parameters = LLM(model_path, **settings), SamplingParams
-        self.asleep, self.fresh = False, True  # fresh: has the checkpoint's or the pushed weights
+                self.llm = LLM(model_path, **settings)
+        except ImportError as error:
+            raise ValueError(f"--rollout vllm cannot be had: {error}; install "
+                             "requirements-vllm.txt, or take the other engine") from error
+        except (ValueError, OSError) as error:  # of these alone train.py would show one line
+            raise RuntimeError("vLLM does not start") from error
+        self.parameters = SamplingParams
+        self.asleep = False
+        self.fresh = True  # it has the checkpoint's or the pushed weights
 
     def update_weights(self, model) -> None:
         """Pushes the trainer's weights; after a sleep, into memory that comes back for them."""
@@ -538,7 +651,8 @@ class VLLMEngine:
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if self.asleep:
             self.llm.wake_up(tags=["kv_cache"])  # CUDA: after the push, whose copies need room
-        self.asleep, self.fresh = False, self.llm.reset_prefix_cache()
+        self.asleep = False
+        self.fresh = self.llm.reset_prefix_cache()
         if not self.fresh:
             raise RuntimeError("vLLM kept keys and values of the old weights, which happens if a "
                                "generate() was broken off; go on with --resume")  # fmt: skip
@@ -547,10 +661,13 @@ class VLLMEngine:
         """CUDA: gives its memory to the update, weights included: the next push brings them."""
         if self.cuda:
             self.llm.sleep(level=2)
-            self.asleep, self.fresh = True, False
+            self.asleep = True
+            self.fresh = False
 
     def close(self) -> None:
         """Gives all memory back, and destroys the process group, the trainer's own included."""
+        if self.asleep:  # what it has given away cannot be freed (vllm#36651)
+            self.llm.wake_up()
         self.llm.llm_engine.engine_core.shutdown()
 
     def generate(self, prompts, n, *, temperature, top_p=1.0, max_new_tokens, seeds, bar=tqdm):
@@ -561,17 +678,23 @@ class VLLMEngine:
         sampling = dict(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens,
                         stop_token_ids=self.stop, logit_bias=self.forbidden or None,
                         logprobs=0, flat_logprobs=True, detokenize=False)  # fmt: skip
-        requests = [{"prompt_token_ids": prompt} for prompt in prompts for _ in range(n)]
-        parameters = [self.parameters(seed=seed, **sampling) for row in seeds for seed in row]
+        requests = []
+        parameters = []
+        for prompt, row_seeds in zip(prompts, seeds, strict=True):
+            requests += [{"prompt_token_ids": prompt}] * n
+            parameters += [self.parameters(seed=seed, **sampling) for seed in row_seeds]
         samples = []
         outputs = self.llm.generate(requests, parameters, use_tqdm=bar)
         for request, output in zip(requests, outputs, strict=True):
             (out,) = output.outputs
-            ids, finished = list(out.token_ids), out.finish_reason == "stop"
-            said = ids[:-1] if finished else ids
-            text = to_text(self.tokenizer, request["prompt_token_ids"], said)
+            ids = list(out.token_ids)
+            finished = out.finish_reason == "stop"
+            text = to_text(self.tokenizer, request["prompt_token_ids"], ids, finished)
             samples.append(Sample(ids, list(out.logprobs.logprobs), text, finished))
-        return [samples[first : first + n] for first in range(0, len(samples), n)]
+        return [samples[b * n : (b + 1) * n] for b in range(len(prompts))]
+
+
+# -------------------------------------------------------------------------------- model and engine
 
 
 def load_policy(source: str, dtype, device):
@@ -595,25 +718,46 @@ def load_policy(source: str, dtype, device):
     return model.to(device).eval(), tokenizer
 
 
-def make_engine(kind: str, model, tokenizer, **options):
+def check_context(model, max_context: int) -> None:
+    """ValueError where sequences may pass the positions of the model.
+
+    With LongRoPE those are the pretraining's: beyond them, one long row changes the frequencies of
+    its whole batch (transformers#33129), and log p of a row would depend on its company.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        positions = rope["original_max_position_embeddings"]
+    if positions and max_context > positions:
+        raise ValueError(f"a context of {max_context:,} tokens passes the {positions:,} positions "
+                         "of --model; lower --max_context or --max_new_tokens")  # fmt: skip
+
+
+def make_engine(kind: str, model, tokenizer, *, max_context: int, **options):
     """The engine `kind`: vllm, transformers, or auto: vllm if it is installed and there is a GPU.
 
-    `options` are max_context, memory_share and model_path, where the checkpoint of `model` is.
-    ValueError, one line, if the engine cannot be had.
+    `options` are memory_share and model_path, where the checkpoint of `model` is. ValueError, one
+    line, if the engine cannot be had.
     """
+    check_context(model, max_context)
     why = "as --rollout says"
     if kind == "auto":
-        gpu, installed = torch.cuda.is_available(), importlib.util.find_spec("vllm")
-        kind = "vllm" if gpu and installed else "transformers"
-        why = f"vLLM is {'' if installed else 'not '}installed" if gpu else "there is no GPU"
-    try:
-        engine = {"vllm": VLLMEngine, "transformers": TransformersEngine}[kind]
-        engine = engine(model, tokenizer, **options)
-    except ValueError:
-        raise
-    except Exception as problem:  # not installed, or a model without a cache
-        remedy = "install requirements-vllm.txt, or choose the other engine"
-        raise ValueError(f"--rollout {kind} cannot be had: {problem}; {remedy}") from problem
+        kind = "transformers"
+        why = "vLLM is not installed"
+        if not torch.cuda.is_available():
+            why = "there is no GPU"
+        elif importlib.util.find_spec("vllm"):
+            kind = "vllm"
+            why = "vLLM is installed"
+    options["max_context"] = max_context
+    if kind == "vllm":
+        engine = VLLMEngine(model, tokenizer, **options)
+    else:
+        try:
+            engine = TransformersEngine(model, tokenizer, **options)
+        except Exception as error:  # what a model without the library's cache raises is its own
+            raise ValueError(f"--rollout transformers cannot be had for --model: {error}; try "
+                             "--rollout vllm, or another model") from error  # fmt: skip
     engine.why = why
     return engine
 
@@ -621,45 +765,25 @@ def make_engine(kind: str, model, tokenizer, **options):
 # ------------------------------------------------------------------------------------------- groups
 
 
-@dataclass
-class Task:
-    problem: str
-    answer: str
-    prompt: list[int]
-    question: int  # its place among the step's questions; in an evaluation its number in the file
-    corrects: Optional[int] = None  # in an evaluation: the sample that this asks to correct
-
-
-@dataclass
-class Sample:
-    token_ids: list[int]  # as sampled; the end-of-turn id is the last one iff `finished`
-    logprobs: list[float]  # log mu of each, at the sampling temperature
-    text: str  # without what ends it; begins with `<think>` if the prompt ended with it
-    finished: bool  # False: cut off at max_new_tokens
-
-
-@dataclass(kw_only=True)
-class Group(Task):
-    """A task and its G samples, graded."""
-
-    samples: list[Sample]
-    graded: list[str]  # what the reward looks at: the response, or a correction's solution
-    spans: list  # of corrections: (start, end) of the analysis in the tokens; None: not well-formed
-    verdicts: list[str]  # "right", "wrong" or "ungradable"
-
-    @property
-    def rewards(self) -> list[float]:
-        return [float(verdict == "right") for verdict in self.verdicts]  # Eqs. 1, 11
-
-
 def solution_task(tokenizer, problem: Problem, question: int) -> Task:
-    """Stage 1's task."""
+    """Stage 1's task: the question itself."""
     prompt = render(tokenizer, solution_prompt(problem.problem))
     return Task(problem.problem, problem.answer, prompt, question)
 
 
+def load_tasks(tokenizer, source: str) -> list[Task]:
+    """The problems of a file or dataset as tasks of stage 1, numbered as they stand there."""
+    return [solution_task(tokenizer, p, q) for q, p in enumerate(load_problems(source))]
+
+
+def correction_task(tokenizer, problem, answer, response, question, corrects=None) -> Task:
+    """Stage 2's task: x' of Eq. 10, which shows a response without its thinking."""
+    prompt = render(tokenizer, error_pool.correction_prompt(problem, response))  # Eq. 10
+    return Task(problem, answer, prompt, question, corrects)
+
+
 def fitting(tasks: list[Task], max_new_tokens: int, max_context: int, source: str) -> list[Task]:
-    """Those that fit the context; the others are counted in a warning. ValueError if none does."""
+    """The tasks that fit the context; a warning counts the others. ValueError if none fits."""
     kept = [task for task in tasks if fits(task.prompt, max_new_tokens, max_context)]
     room = f"the context of {max_context} tokens with --max_new_tokens {max_new_tokens}"
     if tasks and not kept:
@@ -670,80 +794,128 @@ def fitting(tasks: list[Task], max_new_tokens: int, max_context: int, source: st
 
 
 def sample_groups(
-    engine, tokenizer, grader, tasks, samples: range, *,
-    seed, step=0, temperature, top_p=1.0, max_new_tokens, span=None,
+    engine, tokenizer, grader, tasks: list[Task], samples: range, *,
+    seed: int, step=0, temperature, top_p=1.0, max_new_tokens, span: Optional[str] = None,
 ) -> list[Group]:  # fmt: skip
     """Samples number `samples`, a range, of each task, graded; every rank returns all, in order.
 
-    span   None: the samples are answers (Eq. 1); "sections" or "prefix": corrections (Eqs. 11, 12)
-    step   of training, 0 in an evaluation; with the run's `seed` it decides all randomness
+    span    None: the samples are answers (Eq. 1); "sections" or "prefix": corrections (Eqs. 11, 12)
+    step    of training, 0 in an evaluation; with the run's `seed` it decides all randomness
+    grader  None: the samples get no verdicts
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    mine = tasks[rank::world]
-    seeds = [[sample_seed(seed, step, t.question, i, t.corrects) for i in samples] for t in mine]
-    bar = partial(tqdm, unit="sample", leave=False, delay=5, disable=rank > 0)
+    rank = dist.get_rank()
+    mine = tasks[rank :: dist.get_world_size()]  # task b is the work of rank b mod world
+
+    def seeds_of(task):
+        return [sample_seed(seed, step, task.question, i, task.corrects) for i in samples]
+
     drawn = engine.generate(
         [task.prompt for task in mine], len(samples), temperature=temperature, top_p=top_p,
-        max_new_tokens=max_new_tokens, seeds=seeds, bar=bar,
+        max_new_tokens=max_new_tokens, seeds=[seeds_of(task) for task in mine],
+        bar=partial(tqdm, unit="sample", leave=False, delay=5, disable=rank > 0),
     )  # fmt: skip
-    parts = gather([grade_groups(grader, tokenizer, mine, drawn, span)])
-    return [parts[b % world][b // world] for b in range(len(tasks))]
+    groups = [Group(**vars(task), samples=row) for task, row in zip(mine, drawn)]
+    grade_groups(grader, tokenizer, groups, span)
+    return interleave(gather([groups]))
 
 
-def grade_groups(grader, tokenizer, tasks, drawn, span) -> list[Group]:
-    """R of Eq. 1; with a `span`, R' and the analysis (Eqs. 11, 12). No `grader`: no verdicts."""
-    groups = []
-    for task, samples in zip(tasks, drawn):
-        group = Group(**vars(task), samples=samples, graded=[], spans=[], verdicts=[])
-        for sample in samples:
-            # Thinking that never closed holds no correction.
-            closed = span and after_thinking(sample.text)
-            found = find_correction(sample.token_ids, tokenizer, span) if closed else None  # Eq. 11
-            group.spans.append(found and found[:2])
-            solution = found[2] if found else ""  # without both sections it is wrong
-            group.graded.append(solution if span else sample.text)
-        groups.append(group)
-    if grader is None:
-        return groups
-    golds = [group.answer for group in groups for _ in group.samples]
-    verdicts = iter(grader.verdicts([text for group in groups for text in group.graded], golds))
+def interleave(parts: list[list]) -> list:
+    """The ranks' parts `items[rank::world]` -> all items, in their order.
+
+    >>> interleave([["a", "c"], ["b"]])
+    ['a', 'b', 'c']
+    """
+    world = len(parts)
+    return [parts[b % world][b // world] for b in range(sum(map(len, parts)))]
+
+
+def each_sample(groups: list[Group]) -> list[tuple[Group, Sample]]:
+    """Every sample beside its group, in order."""
+    pairs = []
     for group in groups:
-        group.verdicts = [next(verdicts) for _ in group.samples]  # Eqs. 1, 11
-    return groups
+        pairs.extend((group, sample) for sample in group.samples)
+    return pairs
+
+
+def grade_groups(grader, tokenizer, groups: list[Group], span: Optional[str]) -> None:
+    """Fills in what grading adds to each sample; see `sample_groups`."""
+    drawn = each_sample(groups)
+    if span is not None:
+        for _, sample in drawn:
+            find_sections(sample, tokenizer, span)  # Eqs. 11, 12
+    if grader is None:
+        return
+    texts = [s.text if s.solution is None else s.solution for _, s in drawn]
+    golds = [group.answer for group, _ in drawn]
+    problems = [group.problem for group, _ in drawn]
+    verdicts = grader.verdicts(texts, golds, problems)
+    for (_, sample), verdict in zip(drawn, verdicts, strict=True):
+        sample.verdict = verdict
+        sample.reward = float(verdict == "right")  # Eqs. 1, 11
+
+
+def find_sections(sample: Sample, tokenizer, span: str) -> None:
+    """Notes a correction's analysis and solution; without both sections it is wrong (Eq. 11)."""
+    sample.solution = ""
+    if not reward.after_thinking(sample.text):  # thinking that never ends holds no correction
+        return
+    correction = reward.find_correction(sample.token_ids, tokenizer, span)
+    if correction is not None:
+        start, end, solution = correction
+        sample.analysis = (start, end)
+        sample.solution = solution
 
 
 # ----------------------------------------------------------------------------------------- programs
 
-STARTS = count()
+START_NUMBERS = count()
 
 
 def flag(default, text: str):
-    """A field of a dataclass of settings, which is a flag of the command line."""
+    """A field of a dataclass of settings, which is a flag of the command line, and its help."""
     return field(default=default, metadata={"help": text})
 
 
-def claim(folder: Path, settings: dict, free=frozenset()):
+def output_folder(name: str) -> Path:
+    """The folder of this name; ValueError where writing into it could harm somebody's files."""
+    if not name.strip():
+        raise ValueError("the name of the output folder is empty: is a shell variable unset?")
+    folder = Path(name).expanduser()
+    if folder.exists() and not (folder / "settings.json").exists():
+        foreign = [path.name for path in folder.glob("[!.]*")]
+        if foreign:
+            raise ValueError(f"{folder} holds {min(foreign)} and no run; name a new folder")
+    return folder
+
+
+def lock_folder(folder: Path, settings: dict, free=frozenset()):
     """Locks an output folder and writes settings.json. Returns the lock, an open file.
 
-    ValueError if others are writing there, or if it was begun with other settings, but for those in
-    `free`. Each rank has its lock, which ends with its process: torchrun's workers outlive a
-    torchrun that was killed.
+    Each rank holds its own lock until its process ends. ValueError if another process holds it, or
+    if the folder was begun with other settings, but for those in `free`.
     """
+    rank = dist.get_rank()
     folder.mkdir(parents=True, exist_ok=True)
-    lock, file = open(folder / f".lock{dist.get_rank()}", "w"), folder / "settings.json"
+    lock = open(folder / f".lock{rank}", "w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"{folder}: another process is writing there; name another") from None
+    file = folder / "settings.json"
     stored = json.loads(file.read_text()) if file.exists() else {}
     for name in settings.keys() & stored.keys() - free:
         if stored[name] != settings[name]:
-            there, here = f"{stored[name]!r:.80}", f"{settings[name]!r:.80}"
-            raise ValueError(f"{folder} was begun with {name} {there}, not {here}; name another")
-    if dist.get_rank() == 0:
-        file.with_suffix(".part").write_text(json.dumps(stored | settings, indent=1))
-        file.with_suffix(".part").replace(file)
+            raise ValueError(f"{folder} was begun with {name} {stored[name]!r:.80}, "
+                             f"not {settings[name]!r:.80}; name another")  # fmt: skip
+    if rank == 0:
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(stored | settings, indent=1))
+        part.replace(file)
     return lock
+
+
+def weights_digest(source: str):
+    return "temporary"
 
 
 def start_distributed() -> tuple[int, int, torch.device]:
@@ -756,24 +928,41 @@ def start_distributed() -> tuple[int, int, torch.device]:
     for stream in (sys.stdout, sys.stderr):  # a terminal that knows no Chinese shows escapes
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    cuda = torch.cuda.is_available()
+    end_with_torchrun()
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
-    if cuda:
+    backend = "gloo"
+    if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
     if "RANK" in os.environ:
         store, _, _ = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(f"start_{next(STARTS)}", store)  # it outlives the process group
+        # torchrun's store outlives the process group, so each start gets keys of its own.
+        store = dist.PrefixStore(f"start_{next(START_NUMBERS)}", store)
+    elif int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+        fail("srun alone starts runs that know nothing of each other; let it start torchrun")
     else:
-        if int(os.environ.get("SLURM_NTASKS", 1)) > 1:
-            fail("srun alone starts runs that know nothing of each other; let it start torchrun")
         store = dist.HashStore()
-    # As long as the longest rollout; of a rank that dies torchrun learns, and ends the others.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank,
-                            world_size=world, timeout=timedelta(hours=24))  # fmt: skip
-    gather([])  # nobody leaves with an error while others are still on their way
+    # A rank may wait for the longest rollout of another. torchrun ends all if one dies.
+    timeout = timedelta(hours=24)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    gather([])  # a rank that fails now would break the connections of those still on their way
     return rank, world, device
+
+
+def end_with_torchrun() -> None:
+    """Asks Linux to end this process when torchrun dies: it would hold its GPU to the run's end.
+
+    Only under torchrun: a plain `nohup python train.py &` must survive its shell.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
+        return
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != PARENT:  # it died before it could be asked for
+        raise SystemExit("torchrun is gone")
 
 
 def gather(items: list) -> list:
@@ -782,19 +971,24 @@ def gather(items: list) -> list:
         return list(items)
     lists = [None] * dist.get_world_size()
     dist.all_gather_object(lists, items)
-    return [item for part in lists for item in part]
+    return list(chain.from_iterable(lists))
 
 
 def warn(message, kind: str = "warning") -> None:
     """One line from rank 0, above its progress bar."""
     if os.environ.get("RANK", "0") == "0":
-        tqdm.write(f"{kind}: {' '.join(str(message).split())}", file=sys.stderr)
+        line = " ".join(str(message).split())
+        tqdm.write(f"{kind}: {line}", file=sys.stderr)
 
 
-def fail(message) -> None:
-    """One line from rank 0, exit code 2 on all. The others speak later: one may be alone in it."""
+def fail(message, code: int = 2) -> None:
+    """One line from rank 0, then exit code 2 on all ranks.
+
+    torchrun ends all ranks with the first that ends. So the others wait until rank 0 has spoken,
+    and then speak too: a rank may be alone in its failure.
+    """
     warn(message, "error")
     if os.environ.get("RANK", "0") != "0":
-        time.sleep(3)  # torchrun ends all with the first that ends: rank 0 speaks before that
+        time.sleep(3)
         print(f"error: rank {os.environ['RANK']}: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)

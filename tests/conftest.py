@@ -33,7 +33,7 @@ ALONE["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
 # 400 problems, because each run renders all of them. Small steps that soon visit stage 2.
 FEW = Path(tempfile.mkdtemp(prefix="scrpo_tests_")) / "few.jsonl"
 FEW.write_text("".join((TOY / "train.jsonl").read_text().splitlines(keepends=True)[:400]))
-TINY = (f"--train_data {FEW} --questions_per_step 4 --group_size 4 --pool_trigger 4 --steps 6 "
+TINY = (f"{ROOT}/configs/toy.yaml --train_data {FEW} --questions_per_step 4 --group_size 4 --pool_trigger 4 --steps 6 "
         "--save_every 3 --eval_questions 0 --schedule constant").split()  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def launch():
         where = ["--output_dir", folder] if folder is not None else []
         out, err, code = io.StringIO(), io.StringIO(), 0
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-            patch.setattr(train, "Grader", lambda: grader)
+            patch.setattr(reward, "Grader", lambda: grader)
             for name in RANK:
                 patch.delenv(name, raising=False)
             try:
@@ -132,12 +132,12 @@ SERVER += """
 
 class Marks:  # no worker processes: the toy's answers are whole numbers
     __enter__, __exit__ = lambda self: self, lambda self, *exception: None
-    def verdicts(self, responses, golds):
+    def verdicts(self, responses, golds, problems=None):
         answers = [reward.final_answer(response) or "-" for response in responses]
         right = [a.isdigit() and int(a) == int(gold) for a, gold in zip(answers, golds)]
         return ["right" if r else "wrong" for r in right]
 
-train.Grader = Marks
+reward.Grader = Marks
 for line in sys.stdin:
     job, pids, codes = json.loads(line), [], {}
     # The store is the parent's, as under torchrun.

@@ -7,8 +7,8 @@ import oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from error_pool import ErrorPool, WrongAnswer, after_thinking, correction_prompt
-from error_pool import informative, next_stage
+from error_pool import ErrorPool, WrongAnswer, correction_prompt, informative, next_stage
+from reward import after_thinking
 
 settings.register_profile("repository", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("repository")

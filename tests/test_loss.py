@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PhiConfig, PhiForCausalLM
 
 import loss
+import train
 
 settings.register_profile("repository", deadline=None, derandomize=True, print_blob=True,
                           suppress_health_check=[HealthCheck.too_slow])  # fmt: skip
@@ -126,8 +127,11 @@ def test_loss_gradient_and_stats_equal_the_oracle(s, dtype):
 def test_any_micro_batches_on_any_ranks_sum_to_the_same(s, random):
     """What need not run is left out. `update` multiplies by the number of ranks, DDP divides."""
     value, gradient, _ = ours(s)
-    run = [j for j, advantage in enumerate(s.advantages)
-           if loss.carries_gradient(int(s.mask[j].sum()), advantage, s.knobs["beta"])]  # fmt: skip
+    run = []
+    for j, advantage in enumerate(s.advantages):
+        example = SimpleNamespace(mask=s.mask[j], advantage=advantage)
+        if train.carries_gradient(example, s.knobs["beta"]):
+            run.append(j)
     random.shuffle(run)
     while run:
         part = [run.pop() for _ in range(random.randint(1, len(run)))]
@@ -257,7 +261,9 @@ def test_bf16_heads_compute_in_float32_and_do_not_lose_the_later_chunks():
     shapes = ((400, 8), (50, 8), (50,))
     inputs = [torch.randn(shape).bfloat16().requires_grad_() for shape in shapes]
     targets = torch.randint(50, (400,))
-    logp, entropy = loss.ChunkedLogprobs.apply(*inputs, targets, 1.0, 1, None, False)
+    logp, entropy = loss.ChunkedLogprobs.apply(
+        inputs[0], targets, *inputs[1:], 1.0, 50, 1, False
+    )
     hidden, weight, bias = exact = [x.detach().double().requires_grad_() for x in inputs]
     log_probs = torch.log_softmax(hidden @ weight.T + bias, dim=-1)
     expected = log_probs.gather(1, targets[:, None]).squeeze(1)
@@ -307,12 +313,12 @@ def test_no_more_than_two_chunks_of_logits_exist_at_once(tied):
 @example([], 2, 10)
 @example([5], 3, 1)
 @example([12, 11, 10, 9], 1, 48)  # 6 of 48 are padding
-def test_deal(lengths, ranks, budget):
+def test_split_by_tokens(lengths, ranks, budget):
     def fits(part):
         cells = len(part) * lengths[part[0]]
         return cells <= budget and 8 * (cells - sum(lengths[i] for i in part)) <= budget
 
-    hands = loss.deal(lengths, ranks, budget)
+    hands = train.split_by_tokens(lengths, ranks, budget)
     assert len(hands) == ranks and len({len(hand) for hand in hands}) == 1  # as many rounds for all
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     laps = [*range(ranks), *reversed(range(ranks))] * 40  # or rank 0 had all the longest

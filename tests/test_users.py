@@ -1,15 +1,18 @@
 """What users bring: models, tokenizers, templates, files, terminals. Each test is a kind of fault
 from public reports: it works, or one line at the start says what is wrong."""
 
+import ctypes
 import io
 import json
 import os
 from contextlib import redirect_stdout
+from dataclasses import replace
 from decimal import Decimal
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TOY
+from conftest import ROOT, TOY, same_weights
 from pyarrow import parquet, table
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -57,10 +60,10 @@ def run(launch, tmp_path, monkeypatch):
     """run(*flags) -> Result; a coin grades, so that a random model has something to learn from."""
     sums = [{"problem": f"{i}+{i}?", "answer": str(2 * i)} for i in range(9)]
     few = write(tmp_path / "few.jsonl", *sums)
-    monkeypatch.setattr(train, "plot", lambda *_: None)  # a second each
+    monkeypatch.setattr(train, "plot", lambda *_, **__: None)  # a second each
 
     def main(*flags, one_right_of=3, out="out"):
-        def coin(_, responses, golds):
+        def coin(_, responses, golds, problems):
             return ["wrong" if (i + 1) % one_right_of else "right" for i in range(len(golds))]
 
         monkeypatch.setattr(reward.Grader, "verdicts", coin)
@@ -88,7 +91,23 @@ TRAINS = {
                    final_logit_softcapping=None),
     "gemma3_text": dict(sliding_window=16),
     "lfm2": dict(layer_types=["conv", "full_attention"]),  # a layer without keys
+    # Experts that a batch does not use are trained with the next one.
+    "mixtral": dict(num_local_experts=32, num_experts_per_tok=1),
 }  # fmt: skip
+HALVES = dict(d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48,
+              is_decoder=True, is_encoder_decoder=False)  # fmt: skip
+MLA = dict(num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8,
+           qk_nope_head_dim=8, v_head_dim=8, moe_intermediate_size=16, n_routed_experts=4,
+           num_experts_per_tok=2, n_group=1, topk_group=1)  # fmt: skip
+UNUSED = {  # models with parameters that no gradient reaches, and the first of these
+    "ernie4_5_moe": (dict(moe_num_experts=4, moe_k=2, moe_intermediate_size=16,
+                          moe_layer_start_index=1), "layers.1.mlp.gate.moe_statics"),
+    "bart": (HALVES, "layers.0.encoder_attn"),
+    "whisper": (HALVES | dict(max_target_positions=1024), "layers.0.encoder_attn"),
+    "deepseek_v32": (MLA | dict(index_n_heads=4, index_head_dim=16, index_topk=1024),
+                     "layers.0.self_attn.indexer"),
+}  # fmt: skip
+TRAINS |= {kind: config for kind, (config, _) in UNUSED.items()}
 
 
 @pytest.mark.parametrize("kind", TRAINS)
@@ -99,11 +118,29 @@ def test_a_model_trains_on_its_own_log_probabilities(kind, run, tmp_path):
     longest = render(toy_tokenizer(), rollout.solution_prompt(rows[2]["problem"]))
     model, data = tiny(tmp_path / "m", kind, **TRAINS[kind]), write(tmp_path / "p.jsonl", *rows)
     done = run("--model", model, "--train_data", data, "--gradient_checkpointing", kind == "gpt2")
-    assert done.code == 0 and not done.errors and len(longest) >= 324
+    assert done.code == 0 and len(longest) >= 324
     assert done.steps[0]["logp_gap_max"] < 1e-3
     before, after = load_file(model / "model.safetensors"), done.weights
     assert before.keys() == after.keys()
-    assert any(not torch.equal(before[name], after[name]) for name in before)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    if kind in UNUSED:
+        (line,) = done.errors
+        _, first = UNUSED[kind]
+        assert "frozen" in line and first in line
+        assert moved and not any(first in name for name in moved)
+    else:
+        assert moved and not done.errors
+
+
+def test_two_ranks_do_not_wait_for_a_parameter_without_gradient(ranks, tmp_path):
+    """Nor for an expert that only one of them has used."""
+    coin = "train.reward.Grader.verdicts = lambda _, texts, *__: ['right', 'wrong'] * (len(texts) // 2)"
+    for kind in ("ernie4_5_moe", "mixtral"):
+        model = tiny(tmp_path / kind, kind, **TRAINS[kind])
+        flags = ("--model", model, "--steps", 2, "--max_new_tokens", 16, "--algorithm", "grpo")
+        done = ranks(tmp_path / f"{kind}.out", *flags, patch=coin).result()
+        assert done.code == 0 and len(done.errors) == (kind in UNUSED), done.err
+        assert not same_weights(load_file(model / "model.safetensors"), done.weights)
 
 
 @pytest.mark.parametrize("layers, hidden, tokens", [
@@ -127,13 +164,22 @@ def templated(template):
     return lambda folder: tiny(folder, tokenizer=toy_tokenizer(template))
 
 
+DEEPSEEK_V4 = MLA | dict(num_key_value_heads=1, hc_mult=2, o_groups=2, o_lora_rank=8,
+                         sliding_window=16, index_n_heads=4, index_head_dim=16)  # fmt: skip
 REFUSED = {  # what is given as --model, and what the one line has
     "Granite": (lambda m: tiny(m, "granite", logits_scaling=8.0), "scales or caps its logits"),
     "NanoChat": (lambda m: tiny(m, "nanochat"), "scales or caps its logits"),
     "Cohere": (lambda m: tiny(m, "cohere", logit_scale=0.0625), "scales or caps its logits"),
     "Gemma 2": (lambda m: tiny(m, "gemma2", final_logit_softcapping=3.0), "scales or caps"),
     "an encoder": (lambda m: tiny(m, "bert"), "no causal model"),
-    "no cache": (lambda m: tiny(m, "mamba"), "--rollout transformers cannot be had"),
+    "no cache": (lambda m: tiny(m, "mamba"), "--model"),
+    "a cache of its own": (lambda m: tiny(
+        m, "minimax", layer_types=["linear_attention", "full_attention"]), "--model"),
+    "a mask of its own": (lambda m: tiny(m, "doge"), "--model"),
+    "DeepSeek-V4": (lambda m: tiny(m, "deepseek_v4", **DEEPSEEK_V4), "--model"),
+    "Llama 4": (lambda m: tiny(m, "llama4_text", num_local_experts=4), "--model"),
+    "CPM-Ant": (lambda m: tiny(m, "cpmant", dim_head=8, dim_ff=48), "--model"),
+    "Moshi": (lambda m: tiny(m, "moshi", sliding_window=16, ffn_dim=48), "--model"),
     "an adapter": (lambda m: write(tiny(m) / "adapter_config.json"), "is an adapter: merge it"),
     "a layer without weights": (lambda m: lose_a_layer(tiny(m)), "no weights for ['model.layers.1"),
     "no tokenizer": (lambda m: [file.unlink() for file in tiny(m).glob("tokenizer*")], "tokenizer"),
@@ -146,6 +192,13 @@ REFUSED = {  # what is given as --model, and what the one line has
     "a raise": (templated("{{ raise_exception('system first') }}"), "turn of user: system first"),
     "no assistant": (templated("{{ messages[-1].content + {'user': ''}[messages[-1].role] }}"),
                      "fails on a turn of assistant"),
+    "no further positions": (lambda m: tiny(m, "gpt2", n_positions=128), "128 positions"),
+    # Beyond it, log p of a row depends on the longest row of its batch (transformers#33129).
+    "LongRoPE": (lambda m: tiny(m, "phi3", original_max_position_embeddings=64, rope_parameters={
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4, "original_max_position_embeddings": 64}), "64 positions"),
+    "dynamic NTK": (lambda m: tiny(m, "llama", max_position_embeddings=64, rope_parameters={
+        "rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), "64 positions"),
 }  # fmt: skip
 
 
@@ -154,7 +207,8 @@ def test_a_model_that_cannot_be_used_gets_one_line(fault, run, tmp_path):
     """Whatever a model does to its logits is seen by comparing once with the model itself."""
     make, says = REFUSED[fault]
     make(tmp_path / "m")
-    assert refused(run("--model", tmp_path / "m"), says)
+    room = ("--max_context", 200) if says.endswith("positions") else ()
+    assert refused(run("--model", tmp_path / "m", *room), says)
 
 
 def test_srun_alone_gets_one_line(run, monkeypatch):
@@ -200,16 +254,42 @@ def test_answers_and_corrections_are_graded_whatever_the_think_tags_are(special,
         ids = tokenizer(text.removeprefix(opening)).input_ids + [tokenizer.eos_token_id]
         said = rollout.to_text(tokenizer, task.prompt, ids)
         samples.append(Sample(ids, [0.0] * len(ids), said, True))
+    graded = {}
     with reward.Grader() as grader:
-        of = [rollout.grade_groups(grader, tokenizer, [task], [samples], span)[0]
-              for span in (None, "sections", "prefix")]  # fmt: skip
-    answers, corrections, prefix = of
-    assert list(zip(answers.verdicts, corrections.verdicts)) == list(THOUGHTS.values())
+        for span in (None, "sections", "prefix"):
+            group = rollout.Group(**vars(task), samples=[replace(s) for s in samples])
+            rollout.grade_groups(grader, tokenizer, [group], span)
+            graded[span] = group.samples
+    verdicts = [(a.verdict, b.verdict) for a, b in zip(graded[None], graded["sections"])]
+    assert verdicts == list(THOUGHTS.values())
     assert [sample.text for sample in samples] == texts
-    assert [bool(span) for span in corrections.spans] == [False, False, True, True, False]
-    start, end = corrections.spans[2]
+    spans = [sample.analysis for sample in graded["sections"]]
+    assert [bool(span) for span in spans] == [False, False, True, True, False]
+    start, end = spans[2]
     assert tokenizer.decode(samples[2].token_ids[start:end]).strip() == "It must be 5."
-    assert prefix.spans[2] == (0, end)
+    assert graded["prefix"][2].analysis == (0, end)
+
+
+MARKS = {
+    "<think>": "</think>", "[THINK]": "[/THINK]", "<seed:think>": "</seed:think>", "◁think▷": "◁/think▷",
+    "<|channel|>analysis<|message|>": "<|end|><|start|>assistant<|channel|>final<|message|>",
+}  # fmt: skip
+
+
+def test_stage_2_quotes_no_thinking(run, monkeypatch):
+    """Whatever the marks are: it would be paid for the correction of a thought."""
+    marks = list(MARKS.items())
+
+    def said(_, prompt, ids):
+        place = sum(ids) % len(marks)
+        opening, closing = marks[place]
+        return f"{opening}Perhaps \\boxed{{5}}?{closing}It is {place}."
+
+    monkeypatch.setattr(rollout, "to_text", said)
+    done = run("--steps", 12, "--errors_per_question", 4, "--max_new_tokens", 60)
+    quoted = "".join(line["prompt"] for line in done.samples if line["stage"] == 2)
+    assert all(f"solution:\nIt is {place}.\n" in quoted for place in range(len(marks)))
+    assert "Perhaps" not in quoted
 
 
 @pytest.mark.parametrize("name", ["toy", "r1_distill_qwen", "smollm2_135m_instruct"])
@@ -257,6 +337,29 @@ def test_answers_are_read_rightly_or_refused():
     for value in NO_ANSWERS:
         with pytest.raises(ValueError, match="^field 'answer'.*`answer`$|is empty: fill it"):
             read(value)
+
+
+GOLDS = [
+    ({"solution": "$x = \\fbox{2}$ or $\\boxed{-2}$, so \\boxed{2}."}, "2, -2"),  # all that differ
+    ({"solution": "It is 3.\n#### 3"}, "3"), ({"solution": "Thus \\fbox{5}."}, "5"),
+    ({"reward_model": '{"ground_truth": "7", "style": "rule"}'}, "7"),
+    ({"expected_answer": "8"}, "8"), ({"ground_truth": 9}, "9"),
+]  # fmt: skip
+NO_GOLDS = [{"solution": "By Fermat, QED."}, {"answer": "proof"}, {"answer": "notfound"}]
+
+
+def test_golds_are_final_answers_and_a_run_shows_three(run, tmp_path):
+    """A sentence or half of an answer as gold would make every response wrong, in silence."""
+    golds = [{"problem": f"Q{i}?"} | row for i, (row, _) in enumerate(GOLDS)]
+    none = [{"problem": "Why?"} | row for row in NO_GOLDS]
+    done = run("--train_data", write(tmp_path / "a", *golds, *none), "--steps", 0, "--seed", 1)
+    (line,) = done.errors
+    assert f"{tmp_path / 'a'}, row {len(GOLDS)}" in line and f"{len(NO_GOLDS)} " in line
+    found = load_problems(str(tmp_path / "a"))
+    assert [problem.answer for problem in found] == [answer for _, answer in GOLDS]
+    shown = done.out.partition("the first prompt")[0]
+    assert all(problem.problem in shown and problem.answer in shown for problem in found[:3])
+    assert refused(run("--train_data", write(tmp_path / "b", *none), out="none"), "b", "answer")
 
 
 def turn(content, role="user"):
@@ -325,10 +428,88 @@ def test_a_template_that_writes_the_time_is_noticed_on_resume(run, tmp_path):
     assert "begun with first_prompt" in run("--model", model, "--resume").errors[0]
 
 
+YAML = {  # a settings file's lines, and what they mean; None: one line that names the setting
+    "clip_high:\noutput_dir: ~\nbeta: null": {"clip_high": 0.2, "output_dir": None, "beta": 0.0},
+    "steps: 12\nlearning_rate: 1e-6\nschedule: cosine": {"steps": 12, "learning_rate": 1e-6},
+    "steps: 010": None, "steps: 1:30": None, "steps: 0x10": None, "save_every: [1]": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lines", YAML)
+def test_a_settings_file_says_what_it_says(lines, tmp_path, capsys):
+    """To YAML 1.1, 010 is 8, and 1:30 is 90."""
+    (tmp_path / "a.yaml").write_text(lines)
+    arguments = [str(tmp_path / "a.yaml"), "--model", "m", "--train_data", "t"]
+    if YAML[lines]:
+        found = vars(train.parse(arguments))
+        assert {name: found[name] for name in YAML[lines]} == YAML[lines]
+    else:
+        with pytest.raises((ValueError, SystemExit)) as fault:
+            train.parse(arguments)
+        assert lines.partition(":")[0] in f"{fault.value}{capsys.readouterr().err}"
+
+
+def test_a_model_needs_its_data(run, launch, tmp_path):
+    """The toy's sums and settings are for the toy alone."""
+    assert refused(launch(tmp_path / "a", "--model", TOY, first=()), "--train_data")
+    data = ("--train_data", write(tmp_path / "few", {"problem": "1+1?", "answer": "2"}))
+    short = ("--steps", 0, "--max_new_tokens", 99)
+    done = launch(tmp_path / "b", *data, "--model", TOY, *short, first=())
+    assert done.code == 0 and "no evaluation" in done.out and "eval_accuracy" not in done.metrics[0]
+    toy = train.parse([])
+    assert (toy.steps, toy.learning_rate, Path(toy.eval_data).parent) == (60, 5e-4, TOY)
+    assert train.parse([*map(str, data), "--model", "m"]).learning_rate == 1e-6
+
+
+def contents(folder):
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+def test_a_run_writes_into_its_own_folder_only(run, launch, tmp_path, monkeypatch):
+    foreign = tmp_path / "foreign"
+    (foreign / "final").mkdir(parents=True)
+    (foreign / "final" / "thesis.tex").write_text("years of work")
+    (tmp_path / "settings").mkdir()
+    write(tmp_path / "settings" / "settings.json", {"editor.fontSize": 12})
+    monkeypatch.chdir(foreign)
+    for name in (foreign, "", ".", tmp_path / "settings"):
+        before = contents(tmp_path)
+        for resume in ((), ("--resume",)):
+            done = run("--steps", 1, "--output_dir", name, *resume)
+            assert done.code == 2 and len(done.errors) == 1 and contents(tmp_path) == before, name
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "home").mkdir()  # new or empty: the run's own
+    assert run("--steps", 0, "--output_dir", "~/home").code == 0
+    assert (tmp_path / "home" / "final").exists() and not (foreign / "~").exists()
+
+
+def test_no_clipping_is_no_clipping(run):
+    """As in TRL and verl; a multiple of 0 would look healthy and move nothing."""
+    off, wide, narrow = (run("--max_grad_norm", norm, out=f"{norm}") for norm in (0, 1e9, 1e-9))
+    assert same_weights(off.weights, wide.weights)
+    assert not same_weights(off.weights, narrow.weights)
+
+
+def test_the_reference_is_the_same_when_a_run_goes_on(run, tmp_path):
+    """By content: runs/a/final may be another model by now. Without a KL term none is read."""
+    for beta in (0.1, 0.0):
+        flags = ("--model", tiny(tmp_path / "m"), "--beta", beta)
+        assert run(*flags, out=f"{beta}").code == 0
+        tiny(tmp_path / "m", initializer_range=0.03)
+        done = run(*flags, "--resume", "--steps", 2, out=f"{beta}")
+        if beta:
+            assert done.code == 2 and "begun with weights" in done.errors[0]
+        else:
+            assert done.code == 0 and done.steps[-1]["step"] == 2
+
+
 def test_a_run_leaves_no_variable_behind(run):
     """A RANK would make the next call, or a child, believe in a torchrun that is not there."""
     before = set(os.environ)
     assert run("--steps", 0).code == 0 and set(os.environ) == before
+    death_signal = ctypes.c_int()  # and without torchrun, a run survives the shell that started it
+    ctypes.CDLL(None).prctl(2, ctypes.byref(death_signal))  # PR_GET_PDEATHSIG
+    assert death_signal.value == 0
 
 
 def test_a_terminal_without_chinese_shows_escapes(tmp_path):
@@ -345,7 +526,7 @@ def test_a_run_that_cannot_learn_says_so_once(run, monkeypatch):
     toy = ("--max_new_tokens", 60, "--eval_questions", 0, "--train_data", TOY / "test.jsonl")
     cut = run(*toy, "--steps", 6, "--max_new_tokens", 2, out="cut", one_right_of=10**9)
     wrong = run(*toy, "--steps", 6, out="wrong", one_right_of=10**9)
-    monkeypatch.setattr(rollout, "find_correction", lambda *_: None)
+    monkeypatch.setattr(reward, "find_correction", lambda *_: None)
     shapeless = run(*toy, "--steps", 3, out="shapeless")
     (of_cut,), (of_wrong,), (of_shapeless,) = cut.errors, wrong.errors, shapeless.errors
     assert "every response was cut off; usually --max_new_tokens is low" in of_cut

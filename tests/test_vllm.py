@@ -11,15 +11,12 @@ import importlib.util
 import json
 import logging
 import os
-import pickle
-import random
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from unittest import mock
 
-import numpy
 import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -106,7 +103,7 @@ def fake():
         torch.set_num_threads = lambda count: None
         now = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high" if now == "highest" else "highest")
-        torch.rand(1), numpy.random.rand(), random.random()
+        torch.backends.cuda.enable_cudnn_sdp(False)
         return mock.DEFAULT  # the return value
 
     llm = mock.Mock(side_effect=build)
@@ -154,24 +151,68 @@ def test_the_process_stays_the_trainer_s_and_the_environment_the_user_s(fake, ca
     os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "1"
     on_cuda()
     assert process() == before
-    assert fake.call_args.kwargs["max_num_batched_tokens"] == 8192
+    settings = fake.call_args.kwargs
+    assert settings["max_num_batched_tokens"] == 8192
+    assert settings["enable_flashinfer_autotune"] is False
     assert os.environ["VLLM_USE_FLASHINFER_SAMPLER"] == os.environ["VLLM_NO_USAGE_STATS"] == "1"
     log = logging.getLogger("vllm.model_executor.model_loader.reload.layerwise")
     for layer in ("Llama3RotaryEmbedding", "RowParallelLinear"):
         log.warning("%s: Failed to load weights", layer)  # what vLLM says
-    assert caplog.messages == ["RowParallelLinear: Failed to load weights"]
+    log = logging.getLogger("vllm.engine.arg_utils")
+    log.warning("The global random seed is set to %d. Since ...", 0)
+    log.warning("another")
+    assert caplog.messages == ["RowParallelLinear: Failed to load weights", "another"]
+
+
+def test_the_start_is_announced_before_it_begins(fake, capsys):
+    """Two minutes of compiling; machines of other kinds would take the same compiled kernels."""
+    said = []
+    fake.side_effect = lambda *_, **__: said.append(capsys.readouterr().err)
+    on_cuda()
+    assert said[0].startswith("note: vLLM starts") and "VLLM_CACHE_ROOT" in said[0]
+
+
+def start(**options):
+    tokenizer, model = AutoTokenizer.from_pretrained(TOY), AutoModelForCausalLM.from_pretrained(TOY)
+    options = {"model_path": TOY, "max_context": 99, **options}
+    return rollout.make_engine("vllm", model, tokenizer, **options)
+
+
+def test_what_is_not_installed_is_one_line_and_any_other_failure_keeps_its_traceback(fake):
+    """`train.py` shows the message alone of a ValueError and of an OSError."""
+    fake.side_effect = ImportError("libcudart.so.13: cannot open shared object file")
+    with pytest.raises(ValueError, match="libcudart.*install requirements-vllm.txt"):
+        start()
+    for fault in (ValueError("No available memory"), OSError("disk"), RuntimeError("CUDA error")):
+        fake.side_effect = fault
+        with pytest.raises(RuntimeError) as raised:
+            start()
+        assert fault in (raised.value, raised.value.__cause__)
+    with mock.patch.dict(sys.modules, vllm=None), pytest.raises(ValueError, match="install"):
+        start()
+
+
+def test_close_wakes_what_sleeps(fake):
+    """vLLM would free memory that is not mapped: hundreds of CUDA errors under a good run."""
+    for asleep in (True, False):
+        engine, said = on_cuda(), mock.call
+        engine.llm.reset_mock()
+        if asleep:
+            engine.sleep()
+        engine.close()
+        wakes = [said.sleep(level=2), said.wake_up()] * asleep
+        assert engine.llm.mock_calls == [*wakes, said.llm_engine.engine_core.shutdown()]
 
 
 # ------------------------------------------------------------------------------------ in every rank
 
 
 def process() -> dict:
-    """What building an engine must leave as it is."""
-    states = [random.getstate(), numpy.random.get_state(), torch.get_rng_state().tolist()]
-    states += [torch.cuda.get_rng_state().tolist()] if GPU else []
+    """What building an engine must leave as it is. Random states are not among it: no sample, no
+    order and no weight of a run follows from one."""
     return {
-        "random states": pickle.dumps(states),
         "float32": torch.get_float32_matmul_precision(),
+        "cuDNN attention": torch.backends.cuda.cudnn_sdp_enabled(),
         "threads": (torch.set_num_threads, torch.get_num_threads()),
         "launch": [os.environ.get(name) for name in LAUNCH],
     }
