@@ -3,21 +3,21 @@
     pip install -r bench/requirements.txt
     python bench/study.py                          # runs what bench/study.csv does not have yet
     python bench/study.py --groups mechanism       # this group only
-    python bench/study.py --groups --output bench  # no runs: tables, pictures and CSV into bench/
+    python bench/study.py --groups --output bench  # no runs: CSV, tables and pictures into bench/
 
-1. An *arm* is a method under a budget: a policy, flags of train.py, and perhaps a fork of a few
-   lines. Each run of an arm at a seed is a process of its own that calls train.main; its result is
-   one file in the work folder, and one line of study.csv, which says by which settings it was made.
-   Kill the study at any time: the same command continues, and loses at most the runs in progress
-   (a minute). Delete study.csv and the work folder to run everything again.
+1. An *arm* is a method under a budget: a policy, flags of train.py, and perhaps other tokens that
+   get the credit. Each run of an arm at a seed is a process of its own that calls train.main; its
+   result is a file in the work folder, and with --output bench a line of bench/study.csv. Kill the
+   study at any time: the same command continues, and loses at most the runs in progress (a minute).
+   Delete study.csv and the work folder to run everything again.
 2. Budgets are spent, not planned: both stages are wrapped so that they count samples, stage-1
    questions, corrections or seconds. The learning rate falls as a cosine of the share spent, and
    the run ends when all is spent. A constant rate would let one run serve all budgets, but accuracy
    then jumps by 0.2 between steps; numbers of steps cannot be fixed, because DAPO's samples and
    ScRPO's questions a step are known only when drawn.
-3. The same seed means the same policy, the same order of questions and the same seeds of samples
-   in every arm, so tests are paired over seeds 0, 1, ..., n-1. The budget was chosen by GRPO alone
-   at seed 100, and so was stage 2's rate in the group `mechanism`.
+3. The same seed means the same policy, the same order of questions and the same seeds of samples in
+   every arm, so tests are paired over seeds 0, 1, ..., n-1. The budget was chosen by GRPO alone at
+   seed 100.
 """
 
 import argparse
@@ -32,28 +32,43 @@ import sys
 import tempfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from zlib import crc32
 
-import numpy as np
-import pandas as pd
-from tqdm import tqdm
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"  # the last bit of a sum, and so a sample, depends on it
+
+import matplotlib  # noqa: E402
+import numpy as np  # noqa: E402
+import pandas as pd  # noqa: E402
+import torch  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from torch.nn.utils.rnn import pad_sequence  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import error_pool  # noqa: E402
+import reward  # noqa: E402
+import rollout  # noqa: E402
+import train  # noqa: E402
+from toy import make_toy  # noqa: E402
+
 TABLE = ROOT / "bench/study.csv"  # every run's settings and measures
 GROUPS = {
     "budgets": "Equal samples, equal stage-1 questions, or equal seconds",
     "mechanism": "Stage 2 alone: three kinds of analysis, by which tokens get the credit",
-    "remedy": "Stage 2 alone: the analysis without what it quotes",
+    "remedy": "Stage 2 alone: no credit to what the analysis quotes",
     "methods": "Both stages, by kind of analysis",
     "rate": "Stage 2 alone at a quarter of the learning rate",
     "scarce": "Scarce labels: 32 training questions, another 32 at each seed",
 }
-KINDS = ("recompute", "quote", "verdict")  # of analyses, see toy/make_toy.py
+KINDS = {  # of analyses, see toy/make_toy.py
+    "recompute": "Step 2: 6+9+0=15 not 16",
+    "quote": "Step 2: 6+9+0=16 wrong",
+    "verdict": "Step 2: wrong",
+}
 BASE = (
     "--schedule constant --steps 2000 --save_every 100000 --eval_every 0 "
     "--eval_questions 1000 --learning_rate 5e-4"
@@ -65,20 +80,18 @@ SOLVED = "accuracy"
 CORRECTED = "fixed errors corrected"
 OWN = "own errors corrected"
 SPOILED = "right answers spoiled"
+MEASURES = [SOLVED, CORRECTED, OWN, SPOILED]
 CALLED_WRONG = "wrong steps called wrong"
 CALLED_RIGHT = "right steps called right"
 WELL_FORMED = "well-formed"
 RIGHT = "log p, right value in solution"
 MISCONCEIVED = "log p, misconceived value in solution"
-MEASURES = (SOLVED, CORRECTED, OWN, SPOILED)
 FIXED = 300  # errors of the untrained policy, on held-out problems
 AT_RISK = 200  # right answers that the policy is asked to correct
 PROBED = 100  # of the fixed errors: log p of the values, and gradients
 UNITS = ("samples", "questions", "seconds")  # questions of stage 1
-MOST_SEEDS = 100
-KEPT = (  # beginnings of the names of what study.csv holds
-    *MEASURES, CALLED_WRONG, CALLED_RIGHT, WELL_FORMED, "log p, ", "cosine, ", "spent ", "tokens",
-)  # fmt: skip
+CORRECTIONS = 24 * 128  # of a run with stage 2 alone
+QUOTE = 8  # tokens of a common span, at least, that are a quote; a step of the toy has 11
 
 
 # --------------------------------------------------------------------------- 1. arms and claims
@@ -114,33 +127,36 @@ def make_arms() -> dict[str, Arm]:
     for unit in UNITS:
         arms[f"ScRPO, {unit}"] = Arm("budgets", unit, budget[unit], size)
 
-    # Every wrong response is kept, so that the untrained stage 1 costs few rollouts.
     half = "--questions_per_step 16 --group_size 8 --pool_trigger 16"
+    # Every wrong response is kept, so that the untrained stage 1 costs few rollouts.
     alone = f"{half} --train_stages 2 --errors_per_question 8 --eval_questions 500"
+    stage2 = (  # (group, name, flags, fork)
+        ("mechanism", "analysis", "", ""),
+        ("mechanism", "all tokens", " --credit response", ""),
+        ("mechanism", "corrected solution", "", "corrected solution"),
+        ("mechanism", "random tokens", "", "random tokens"),
+        ("mechanism", "both signs", " --success_conditioned False", ""),
+        ("remedy", "no quotes", "", "no quotes"),
+        ("rate", "analysis, 1.25e-4", " --learning_rate 1.25e-4", ""),
+        ("rate", "all tokens, 1.25e-4", " --learning_rate 1.25e-4 --credit response", ""),
+    )
     for kind in KINDS:
-        def stage2(group, flags="", fork="", budget=CORRECTIONS, kind=kind):
-            return Arm(group, "corrections", budget, f"{alone}{flags}", fork, kind, True)
+        untrained = Arm("mechanism", "corrections", 0, f"{alone} --steps 0", "", kind, True)
+        arms[f"{kind}: vanilla"] = untrained
+        for group, name, flags, fork in stage2:
+            arm = Arm(group, "corrections", CORRECTIONS, f"{alone}{flags}", fork, kind, True)
+            arms[f"{kind}: {name}"] = arm
 
-        arms[f"{kind}: vanilla"] = stage2("mechanism", " --steps 0", budget=0)
-        arms[f"{kind}: analysis"] = stage2("mechanism")
-        arms[f"{kind}: all tokens"] = stage2("mechanism", " --credit response")
-        arms[f"{kind}: corrected solution"] = stage2("mechanism", fork="corrected solution")
-        arms[f"{kind}: random tokens"] = stage2("mechanism", fork="random tokens")
-        arms[f"{kind}: both signs"] = stage2("mechanism", " --success_conditioned False")
-        arms[f"{kind}: no quotes"] = stage2("remedy", fork="no quotes")
-        arms[f"{kind}: analysis, 1.25e-4"] = stage2("rate", " --learning_rate 1.25e-4")
-        arms[f"{kind}: all tokens, 1.25e-4"] = stage2(
-            "rate", " --learning_rate 1.25e-4 --credit response"
-        )
-
+    both_stages = (  # (name, unit, flags)
+        ("GRPO", "samples", " --algorithm grpo"),
+        ("ScRPO, samples", "samples", ""),
+        ("ScRPO, questions", "questions", ""),
+        ("ScRPO, prefix", "samples", " --analysis_span prefix"),
+    )
     for kind in ("quote", "verdict"):
-        def both(unit, flags, kind=kind):
-            return Arm("methods", unit, budget[unit], f"{size}{flags}", "", kind, True)
-
-        arms[f"{kind}: GRPO"] = both("samples", " --algorithm grpo")
-        arms[f"{kind}: ScRPO, samples"] = both("samples", "")
-        arms[f"{kind}: ScRPO, questions"] = both("questions", "")
-        arms[f"{kind}: ScRPO, prefix"] = both("samples", " --analysis_span prefix")
+        for name, unit, flags in both_stages:
+            arm = Arm("methods", unit, budget[unit], f"{size}{flags}", "", kind, True)
+            arms[f"{kind}: {name}"] = arm
 
     # 16 steps of half the size, a third of the budget, see each of 32 questions 8 times.
     arms["scarce GRPO"] = Arm("scarce", "samples", samples / 3, f"{half} --algorithm grpo")
@@ -150,46 +166,52 @@ def make_arms() -> dict[str, Arm]:
 
 
 def make_claims() -> list[tuple]:
-    """(claim, measure, arm, the arm that is subtracted); the difference that would show it."""
+    """(claim, measure, arm, the arm that is subtracted): the difference that would show it."""
     claims = [
-        ("ScRPO learns", SOLVED, "ScRPO, samples", "vanilla"),
         ("GRPO learns", SOLVED, "GRPO", "vanilla"),
-        ("DAPO solves more than GRPO", SOLVED, "DAPO", "GRPO"),
-        ("... in equal seconds", SOLVED, "DAPO, seconds", "GRPO"),
-        ("the variance filter helps", SOLVED, "ScRPO, samples", "ScRPO without filter"),
+        ("ScRPO learns", SOLVED, "ScRPO, samples", "vanilla"),
     ]
     for claim, measure in (("solves more", SOLVED), ("corrects more errors", CORRECTED)):
         claims += [
-            (f"ScRPO {claim} than GRPO: equal samples", measure, "ScRPO, samples", "GRPO"),
+            (f"ScRPO {claim} than GRPO, equal samples", measure, "ScRPO, samples", "GRPO"),
             ("... equal questions", measure, "ScRPO, questions", "GRPO"),
             ("... equal questions and samples", measure, "ScRPO, questions", "GRPO, G = 10"),
             ("... equal seconds", measure, "ScRPO, seconds", "GRPO"),
         ]
+    claims += [
+        ("DAPO solves more than GRPO", SOLVED, "DAPO", "GRPO"),
+        ("... equal seconds", SOLVED, "DAPO, seconds", "GRPO"),
+        ("the variance filter helps", SOLVED, "ScRPO, samples", "ScRPO without filter"),
+    ]
+    of_kind = (  # (claim, measure, arm, other) for each kind of analysis
+        ("learning to diagnose teaches to solve", SOLVED, "analysis", "vanilla"),
+        ("... to correct", CORRECTED, "analysis", "vanilla"),
+        ("... to find wrong steps", CALLED_WRONG, "analysis", "vanilla"),
+        ("... to pass right steps", CALLED_RIGHT, "analysis", "vanilla"),
+        ("... to believe right values", RIGHT, "analysis", "vanilla"),
+        ("... to believe misconceived values", MISCONCEIVED, "analysis", "vanilla"),
+        ("credit to the analysis beats all tokens", SOLVED, "analysis", "all tokens"),
+        ("... the corrected solution", SOLVED, "analysis", "corrected solution"),
+        ("... as many random tokens", SOLVED, "analysis", "random tokens"),
+        ("... both signs", SOLVED, "analysis", "both signs"),
+        ("all tokens teach to solve", SOLVED, "all tokens", "vanilla"),
+        ("no credit to quotes is better", SOLVED, "no quotes", "analysis"),
+        ("... than no training", SOLVED, "no quotes", "vanilla"),
+        ("a quarter of the rate teaches too", SOLVED, "analysis, 1.25e-4", "vanilla"),
+        ("ScRPO solves more than GRPO, equal samples", SOLVED, "ScRPO, samples", "GRPO"),
+        ("... equal questions", SOLVED, "ScRPO, questions", "GRPO"),
+        ("credit before the analysis helps", SOLVED, "ScRPO, prefix", "ScRPO, samples"),
+    )
     for kind in KINDS:
-        for measure in (SOLVED, CORRECTED, CALLED_WRONG, CALLED_RIGHT, MISCONCEIVED, RIGHT):
-            claims.append(("credit to the analysis raises it", measure, f"{kind}: analysis",
-                           f"{kind}: vanilla"))  # fmt: skip
-        for credit in ("corrected solution", "all tokens", "random tokens", "both signs"):
-            claims.append(("credit to the analysis teaches more than other credit", SOLVED,
-                           f"{kind}: analysis", f"{kind}: {credit}"))  # fmt: skip
-        for other in ("analysis", "vanilla"):
-            claims.append(("no credit to quotes is better", SOLVED, f"{kind}: no quotes",
-                           f"{kind}: {other}"))  # fmt: skip
-        claims.append(("... at a quarter of the rate", SOLVED, f"{kind}: analysis, 1.25e-4",
-                       f"{kind}: vanilla"))  # fmt: skip
-    for kind in ("quote", "verdict"):
-        for budget in ("samples", "questions"):
-            claims.append((f"ScRPO solves more than GRPO: equal {budget}", SOLVED,
-                           f"{kind}: ScRPO, {budget}", f"{kind}: GRPO"))  # fmt: skip
-        claims.append(("credit before the analysis too helps", SOLVED, f"{kind}: ScRPO, prefix",
-                       f"{kind}: ScRPO, samples"))  # fmt: skip
+        for claim, measure, arm, other in of_kind:
+            if f"{kind}: {arm}" in ARMS:
+                claims.append((claim, measure, f"{kind}: {arm}", f"{kind}: {other}"))
     for unit in UNITS:
-        claims.append((f"with scarce labels, equal {unit}: ScRPO solves more than GRPO", SOLVED,
-                       f"scarce ScRPO, {unit}", "scarce GRPO"))  # fmt: skip
+        claim = f"ScRPO solves more with scarce labels, equal {unit}"
+        claims.append((claim, SOLVED, f"scarce ScRPO, {unit}", "scarce GRPO"))
     return claims
 
 
-CORRECTIONS = 24 * 128  # of a run with stage 2 alone
 ARMS = make_arms()
 CLAIMS = make_claims()
 
@@ -197,7 +219,7 @@ CLAIMS = make_claims()
 # ---------------------------------------------------------------------- 2. one run, and its forks
 
 
-def within_budget(train, arm: Arm) -> None:
+def within_budget(arm: Arm) -> None:
     """Wraps both stages of train.py: they count what they spend, and set rate and end by it."""
     spent = Counter()
     peak = None
@@ -234,31 +256,29 @@ def within_budget(train, arm: Arm) -> None:
     train.self_correction = budgeted(train.self_correction)
 
 
-def random_tokens(mask, span, sample, prompt, rng):
+def random_tokens(mask, sample, prompt, rng):
     """As many tokens as the mask has, drawn from the whole correction."""
     moved = mask.new_zeros(len(sample.token_ids))
     moved[rng.choice(len(moved), int(mask.sum()), replace=False)] = True
     return moved
 
 
-def corrected_solution(mask, span, sample, prompt, rng):
+def corrected_solution(mask, sample, prompt, rng):
     """Everything after the analysis."""
     moved = mask.new_zeros(len(sample.token_ids))
-    moved[span[1] :] = True
+    moved[sample.analysis[1] :] = True
     return moved
 
 
-QUOTE = 8  # tokens of a common span, at least; a toy's step has 11
-
-
-def no_quotes(mask, span, sample, prompt, rng):
-    """The mask without spans of the correction that stand in its prompt too, in this order."""
-    start, end = span
+def no_quotes(mask, sample, prompt, rng):
+    """The mask without the spans of the analysis that stand in the prompt, in the same order."""
+    start, end = sample.analysis
     matcher = difflib.SequenceMatcher(None, sample.token_ids[start:end], prompt, autojunk=False)
     moved = mask.clone()
     for block in matcher.get_matching_blocks():
         if block.size >= QUOTE:
-            moved[start + block.a : start + block.a + block.size] = False
+            first = start + block.a
+            moved[first : first + block.size] = False
     return moved
 
 
@@ -269,290 +289,53 @@ FORKS = {
 }
 
 
-def redirect_credit(train, fork: str, seed: int) -> None:
+def redirect_credit(fork: str, seed: int) -> None:
     """The credit of each analysis goes to other tokens of its correction. Stage 1 stays."""
     move = FORKS[fork]
     rng = np.random.default_rng(seed)
     original = train.make_examples
 
-    def make_examples(groups, advantages, masks, counted):
+    def make_examples(groups, advantages, masks, denominator_tokens):
         moved = []
         for group, row in zip(groups, masks):
             new = list(row)
-            for i, (mask, sample) in enumerate(zip(row, group.samples)):
-                if group.spans[i] is not None and mask.any():
-                    new[i] = move(mask, group.spans[i], sample, group.prompt, rng)
+            for i, sample in enumerate(group.samples):
+                if sample.analysis is not None and row[i].any():
+                    new[i] = move(row[i], sample, group.prompt, rng)
             moved.append(new)
-        return original(groups, advantages, moved, counted)
+        return original(groups, advantages, moved, denominator_tokens)
 
     train.make_examples = make_examples
 
 
-STEP = re.compile(r"Step \d: (\d)\+(\d)\+(\d)=(\d\d)")
-
-
-@dataclass
-class WrongSteps:
-    """A wrong solution of the toy in form, beside the right one."""
-
-    problem: str
-    response: str
-    steps: list[tuple]  # (digit, digit, carry, value) of each, as it stands there
-    truth: list[tuple]  # the same of the right solution
-
-    @property
-    def differs(self) -> list[bool]:  # a step is wrong if its value is not the right solution's
-        return [step[-1] != true[-1] for step, true in zip(self.steps, self.truth)]
-
-    @property
-    def first(self) -> int:  # the first wrong step; its digits and carry are still right
-        return self.differs.index(True)
-
-
-def read_steps(problem: str, response: str):
-    """WrongSteps; None for a response out of form."""
-    from toy.make_toy import solution_text, walk
-
-    x, y = re.search(r"(\d+)\+(\d+)", problem).groups()
-    steps = [tuple(map(int, step)) for step in STEP.findall(response)]
-    truth = walk(int(x), int(y), lambda place, fact: sum(fact))
-    if len(steps) != len(truth) or solution_text(steps) != response or steps == truth:
-        return None
-    return WrongSteps(problem, response, steps, truth)
-
-
-def judgements(correction: str, wrong: WrongSteps) -> list[tuple[bool, bool]]:
-    """(is the step wrong?, does the analysis say so?) of each step; one not judged is judged wrongly."""
-    analysis = correction.partition("Corrected Solution:")[0]
-    pairs = []
-    for n, differs in enumerate(wrong.differs, 1):
-        line = re.search(rf"^Step {n}: (.*)$", analysis, re.MULTILINE)
-        said = not differs
-        if line:
-            said = line[1].endswith("wrong") or " not " in line[1]
-        pairs.append((differs, said))
-    return pairs
-
-
-def sites(wrong: WrongSteps, kind: str) -> dict[str, tuple[str, str]]:
-    """{where: (user turn, response up to the value of the first wrong step)}."""
-    from error_pool import correction_prompt
-    from rollout import solution_prompt
-    from toy.make_toy import correction_text, solution_text
-
-    step = f"Step {wrong.first + 1}: "
-
-    def until_value(text, start=0):
-        return text[: text.index("=", text.index(step, start)) + 1]
-
-    asked = correction_prompt(wrong.problem, wrong.response)
-    correction = correction_text(wrong.truth, wrong.steps, kind)
-    solution = correction.index("Corrected Solution:")
-    found = {
-        "solution": (solution_prompt(wrong.problem), until_value(solution_text(wrong.truth))),
-        "corrected solution": (asked, until_value(correction, solution)),
-    }
-    if kind != "verdict":  # whose analyses have no values
-        found["analysis"] = (asked, until_value(correction))
-    return found
-
-
-def log_p(model, rows: list[tuple[list[int], list[int]]]):
-    """log p of the tokens of each continuation after its prompt, [rows, longest], then zeros."""
-    import torch
-    from torch.nn.utils.rnn import pad_sequence
-
-    ids = pad_sequence([torch.tensor(prompt + after) for prompt, after in rows], batch_first=True)
-    logp = model(input_ids=ids).logits[:, :-1].float().log_softmax(-1)  # the padding comes last
-    logp = logp.gather(-1, ids[:, 1:, None])[..., 0]
-    parts = []
-    for row, (prompt, after) in zip(logp, rows):
-        parts.append(row[len(prompt) - 1 : len(prompt) - 1 + len(after)])
-    return pad_sequence(parts, batch_first=True)
-
-
-def value_rows(tokenizer, wrongs: list[WrongSteps], kind: str, where: str, which: str) -> list:
-    """Rows for `log_p`: the right or the misconceived value of each first wrong step."""
-    from rollout import render
-
-    rows = []
-    for wrong in wrongs:
-        user_turn, prefix = sites(wrong, kind)[where]
-        steps = wrong.truth if which == "right" else wrong.steps
-        value = f"{steps[wrong.first][-1]:02d}"
-        rows.append((render(tokenizer, user_turn) + tokenizer.encode(prefix), tokenizer.encode(value)))
-    return rows
-
-
-def value_measures(run, wrongs: list[WrongSteps], kind: str) -> dict:
-    """Mean log p of the right and of the misconceived value, at each site."""
-    import torch
-
-    measured = {}
-    for where in sites(wrongs[0], kind):
-        for which in ("right", "misconceived"):
-            rows = value_rows(run.tokenizer, wrongs, kind, where, which)
-            with torch.no_grad():
-                mean = log_p(run.model, rows).sum(1).mean().item()
-            measured[f"log p, {which} value in {where}"] = mean
-    return measured
-
-
-def gradient(value, model):
-    """Of a scalar, over all parameters, as one vector."""
-    import torch
-
-    parts = torch.autograd.grad(value, list(model.parameters()), retain_graph=True)
-    return torch.cat([part.flatten() for part in parts])
-
-
-def cosines(run, corrections: list, kind: str) -> dict:
-    """Cosines between the gradient of log p of some tokens of successful corrections, along which
-    their credit moves the policy, and that of a value in a solution, right or misconceived.
-
-    corrections  (prompt, token ids, WrongSteps) each
-    """
-    import torch
-
-    wrongs = [wrong for *_, wrong in corrections]
-    values = {}
-    for which in ("right", "misconceived"):
-        rows = value_rows(run.tokenizer, wrongs, kind, "solution", which)
-        values[which] = gradient(log_p(run.model, rows).sum(), run.model)
-    credited = log_p(run.model, [(prompt, ids) for prompt, ids, _ in corrections])
-    classes = {"analysis of wrong steps": [], "analysis of right steps": [], "solution": []}
-    for row, (_, ids, wrong) in enumerate(corrections):
-        line = 0  # the analysis' header; its steps are lines 1, 2, ...
-        for t, token in enumerate(ids):
-            if 0 < line <= len(wrong.steps):
-                name = "analysis of wrong steps" if wrong.differs[line - 1] else "analysis of right steps"
-                classes[name].append((row, t))
-            elif line:
-                classes["solution"].append((row, t))
-            line += run.tokenizer.decode([token]).count("\n")
-    measured = {}
-    for name, places in classes.items():
-        rows, columns = zip(*places)
-        credit = gradient(credited[list(rows), list(columns)].sum(), run.model)
-        for which, value in values.items():
-            cosine = torch.cosine_similarity(credit, value, dim=0).item()
-            measured[f"cosine, {name} and {which} value"] = cosine
-    return measured
-
-
-def measure(run, arm: Arm, fixed: Path) -> dict:
-    """In train.py's evaluation's place: MEASURES and what explains them, once training has ended."""
-    from evaluate import correction_tasks, records
-    from rollout import sample_groups
-
-    config = run.config
-    sampling = {"temperature": config.temperature, "max_new_tokens": config.max_new_tokens}
-
-    def sample(tasks, seed, span=None, samples=range(1)):
-        return sample_groups(
-            run.engine, run.tokenizer, run.grader, tasks, samples, seed=seed, span=span, **sampling
-        )
-
-    def correct(answers, seed=config.seed, samples=range(1)):
-        tasks = correction_tasks(
-            run.tokenizer, answers, config.max_new_tokens, run.engine.max_context
-        )
-        return sample(tasks, seed, config.analysis_span, samples)
-
-    def share_right(groups):
-        return float(np.mean([group.rewards for group in groups])) if groups else math.nan
-
-    def answered(groups, reward):
-        return records([group for group in groups if group.rewards == [reward]])
-
-    run.engine.update_weights(run.model)
-    run.model.eval()
-    if run.state.step == 0 and not fixed.exists():  # the untrained policy, so always the same
-        errors = answered(sample(run.eval_tasks, seed=1_000_003), reward=0)
-        write_whole(fixed, [error for error in errors if error["finished"]][:FIXED])
-    measured = {}
-    if run.state.step == config.steps:  # before training all arms are `vanilla`, which has no steps
-        answers = sample(run.eval_tasks, config.seed)
-        errors = json.loads(fixed.read_text())
-        corrections = correct(errors)
-        measured = {
-            SOLVED: share_right(answers),
-            CORRECTED: share_right(corrections),
-            OWN: share_right(correct(answered(answers, reward=0))),
-            SPOILED: 1 - share_right(correct(answered(answers, reward=1)[:AT_RISK])),
-        }
-        if arm.two_policies:
-            measured |= explain(run, arm, errors, corrections, correct)
-    run.engine.sleep()
-    return measured
-
-
-def explain(run, arm, errors, corrections, correct) -> dict:
-    """What the analyses of the fixed errors say, and what the policy believes of their values."""
-    wrongs = {}
-    for error in errors:
-        wrong = read_steps(error["problem"], error["response"])
-        if wrong:
-            wrongs[error["problem"]] = wrong
-    pairs = []
-    for group in corrections:
-        if group.problem in wrongs:
-            pairs += judgements(group.samples[0].text, wrongs[group.problem])
-    called = pd.DataFrame(pairs, columns=["is wrong", "said wrong"])
-    probed = list(wrongs.values())[:PROBED]
-    measured = {
-        CALLED_WRONG: float(called["said wrong"][called["is wrong"]].mean()),
-        CALLED_RIGHT: float(1 - called["said wrong"][~called["is wrong"]].mean()),
-        WELL_FORMED: float(np.mean([group.spans[0] is not None for group in corrections])),
-        **value_measures(run, probed, arm.kind),
-    }
-    if run.config.steps == 0:  # of the untrained policy, along which it would be trained
-        successful = []
-        for group in correct(errors[: PROBED // 2], samples=range(4)):
-            for sample, reward in zip(group.samples, group.rewards):
-                if reward == 1 and group.problem in wrongs:
-                    successful.append((group.prompt, sample.token_ids, wrongs[group.problem]))
-        measured |= cosines(run, successful[:PROBED], arm.kind)
-    return measured
-
-
-class WholeNumbers:
-    """A grader of the toy's answers, without the worker processes of reward.Grader."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        pass
+class WholeNumbers(ExitStack):
+    """A grader of whole numbers, all that the toy answers, without reward.Grader's processes."""
 
     def verdicts(self, responses, golds, problems=None):
-        from reward import final_answer
-
-        answers = [final_answer(response) or "" for response in responses]
-        right = [a.isdecimal() and int(a) == int(gold) for a, gold in zip(answers, golds)]
+        answers = [reward.final_answer(response) or "" for response in responses]
+        right = [answer.lstrip("0") == gold for answer, gold in zip(answers, golds)]
         return ["right" if r else "wrong" for r in right]
 
 
 def policy_of(arm: Arm, seed: int, work: Path) -> Path:
     """The folder of the policy and its problems that an arm starts from."""
-    number = seed % 2 if arm.two_policies else 0
-    if (arm.kind, number) == ("recompute", 0):
+    number = 0
+    if arm.two_policies:
+        number = seed % 2
+    if arm.kind == "recompute" and number == 0:
         return ROOT / "toy"
     return work / f"policies/{arm.kind}-{number}"
 
 
 def one_run(name: str, seed: int, work: Path) -> None:
     """In a process of its own: trains, measures, writes the result."""
-    import train
-
     arm = ARMS[name]
     policy = policy_of(arm, seed, work)
-    fixed = work / f"fixed-errors-{policy.name}.json"
+    within_budget(arm)
     if arm.fork:
-        redirect_credit(train, arm.fork, seed)
-    within_budget(train, arm)
-    train.Grader = WholeNumbers
-    train.evaluate_policy = lambda run: measure(run, arm, fixed)
+        redirect_credit(arm.fork, seed)
+    reward.Grader = WholeNumbers
+    train.evaluate_policy = lambda run: measure(run, arm, work / f"fixed-{policy.name}.json")
     train.summary = lambda run: None  # it would look for train.py's own evaluation
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
         data = policy / "train.jsonl"
@@ -561,8 +344,9 @@ def one_run(name: str, seed: int, work: Path) -> None:
             data = Path(folder) / "few.jsonl"
             data.write_text("".join(lines[seed * 32 :][:32]))
         flags = [
-            *BASE.split(), *arm.flags.split(), f"--model={policy}", f"--train_data={data}",
-            f"--eval_data={policy}/test.jsonl", f"--seed={seed}", f"--output_dir={folder}/run",
+            str(ROOT / "configs/toy.yaml"), *BASE.split(), *arm.flags.split(),
+            f"--model={policy}", f"--train_data={data}", f"--eval_data={policy}/test.jsonl",
+            f"--seed={seed}", f"--output_dir={folder}/run",
         ]  # fmt: skip
         with redirect_stdout(nowhere), redirect_stderr(nowhere):
             train.main(flags)
@@ -572,7 +356,189 @@ def one_run(name: str, seed: int, work: Path) -> None:
     write_whole(result_file(work, name, seed), last)
 
 
-# ----------------------------------------------------------------------------------- 3. all runs
+# ----------------------------------------------------------------------------------- 3. measures
+
+
+def measure(run, arm: Arm, fixed: Path) -> dict:
+    """In train.py's evaluation's place: MEASURES and what explains them, once training has ended."""
+    config = run.config
+
+    def sample(tasks, span=None, seed=config.seed, samples=range(1)):
+        return rollout.sample_groups(
+            run.engine, run.tokenizer, run.grader, tasks, samples, seed=seed, span=span,
+            temperature=config.temperature, max_new_tokens=config.max_new_tokens,
+        )  # fmt: skip
+
+    def correct(answers, samples=range(1)):
+        tasks = []
+        for problem, answer, response, question in answers:
+            tasks.append(rollout.correction_task(
+                run.tokenizer, problem, answer, response, question, corrects=0
+            ))  # fmt: skip
+        return sample(tasks, config.analysis_span, samples=samples)
+
+    def finished(groups, wanted):
+        """(problem, answer, response, question) of each group whose one sample has this reward."""
+        found = []
+        for group in groups:
+            (only,) = group.samples
+            if only.finished and only.reward == wanted:
+                found.append((group.problem, group.answer, only.text, group.question))
+        return found
+
+    run.engine.update_weights(run.model)
+    measured = {}
+    if run.state.step == 0 and not fixed.exists():  # the untrained policy, so always the same
+        errors = finished(sample(run.eval_tasks, seed=1_000_003), wanted=0)
+        write_whole(fixed, errors[:FIXED])
+    if run.state.step == config.steps:  # before training all arms are `vanilla`, which has no steps
+        answers = sample(run.eval_tasks)
+        errors = json.loads(fixed.read_text())
+        corrections = correct(errors)
+        measured = {
+            SOLVED: share_right(answers),
+            CORRECTED: share_right(corrections),
+            OWN: share_right(correct(finished(answers, wanted=0))),
+            SPOILED: 1 - share_right(correct(finished(answers, wanted=1)[:AT_RISK])),
+        }
+        if arm.two_policies:
+            wrongs = []
+            for problem, _, response, _ in errors:
+                wrongs.append((problem, response, make_toy.read_steps(problem, response)))
+            measured |= what_analyses_say(corrections, [wrong for *_, wrong in wrongs])
+            readable = [error for error in wrongs if error[-1]]
+            measured |= log_p_of_values(run, readable[:PROBED], arm.kind)
+        if arm.two_policies and config.steps == 0:
+            successful = []
+            for group, error in zip(correct(errors[: PROBED // 2], samples=range(4)), wrongs):
+                for sampled in group.samples:
+                    if error[-1] and sampled.reward == 1:
+                        successful.append((group.prompt, sampled.token_ids, error))
+            measured |= cosines(run, successful[:PROBED], arm.kind)
+    run.engine.sleep()
+    return measured
+
+
+def share_right(groups) -> float:
+    """nan where nothing was asked."""
+    rewards = [reward for group in groups for reward in group.rewards]
+    return float(np.mean(rewards)) if rewards else math.nan
+
+
+def what_analyses_say(corrections, wrongs: list) -> dict:
+    """The shares of wrong and of right steps that are judged rightly, and of corrections in form.
+
+    Not counted: steps that are right or wrong only because of the carry that they were given.
+    """
+    called = {True: [], False: []}  # is the step wrong? -> is it judged rightly?
+    for group, wrong in zip(corrections, wrongs):
+        if wrong:
+            said = make_toy.read_judgements(group.samples[0].text, len(wrong[0]))
+            for step, is_wrong, called_wrong in zip(wrong[0], wrong_steps(wrong), said):
+                if is_wrong == (step[-1] != sum(step[:3])):
+                    called[is_wrong].append(called_wrong is is_wrong)
+    in_form = [group.samples[0].analysis is not None for group in corrections]
+    return {
+        CALLED_WRONG: float(np.mean(called[True])),
+        CALLED_RIGHT: float(np.mean(called[False])),
+        WELL_FORMED: float(np.mean(in_form)),
+    }
+
+
+def wrong_steps(wrong: tuple) -> list[bool]:
+    """Of what make_toy.read_steps returns: a step is wrong if its value is not the right one's."""
+    return [step[-1] != true[-1] for step, true in zip(*wrong)]
+
+
+def value_rows(tokenizer, errors, kind: str, where: str, misconceived: bool) -> list[tuple]:
+    """(prompt, continuation) ids of the first wrong step's value, right or misconceived.
+
+    where  "solution", "analysis" or "corrected solution": the text that the value stands in, which
+           is right up to there
+    """
+    rows = []
+    for problem, response, wrong in errors:
+        steps, truth = wrong
+        first = wrong_steps(wrong).index(True)
+        user_turn = error_pool.correction_prompt(problem, response)
+        text = make_toy.correction_text(truth, steps, kind)
+        start = 0
+        if where == "corrected solution":
+            start = text.index("Corrected Solution:")
+        if where == "solution":
+            user_turn = rollout.solution_prompt(problem)
+            text = make_toy.solution_text(truth)
+        prefix = text[: text.index("=", text.index(f"Step {first + 1}: ", start)) + 1]
+        if misconceived:
+            truth = steps
+        prompt = rollout.render(tokenizer, user_turn) + tokenizer.encode(prefix)
+        rows.append((prompt, tokenizer.encode(f"{truth[first][-1]:02d}")))
+    return rows
+
+
+def log_p(model, rows: list[tuple]):
+    """log p of the tokens of each continuation after its prompt, [rows, longest], then zeros."""
+    ids = pad_sequence([torch.tensor(prompt + after) for prompt, after in rows], batch_first=True)
+    logp = model(input_ids=ids).logits[:, :-1].float().log_softmax(-1)  # the padding comes last
+    logp = logp.gather(-1, ids[:, 1:, None])[..., 0]
+    parts = []
+    for row, (prompt, after) in zip(logp, rows):
+        start = len(prompt) - 1
+        parts.append(row[start : start + len(after)])
+    return pad_sequence(parts, batch_first=True)
+
+
+def log_p_of_values(run, errors, kind: str) -> dict:
+    """Mean log p of the right and of the misconceived value, in three texts."""
+    measured = {}
+    for where in ("solution", "analysis", "corrected solution"):
+        if (kind, where) == ("verdict", "analysis"):  # it has no values
+            continue
+        for which in ("right", "misconceived"):
+            rows = value_rows(run.tokenizer, errors, kind, where, which == "misconceived")
+            with torch.no_grad():
+                mean = log_p(run.model, rows).sum(1).mean().item()
+            measured[f"log p, {which} value in {where}"] = mean
+    return measured
+
+
+def cosines(run, corrections, kind: str) -> dict:
+    """Cosines between two gradients: of log p of some tokens of successful corrections, along which
+    credit moves the policy, and of log p of a value in a solution, right or misconceived.
+
+    corrections  (prompt, token ids, (problem, response, what read_steps returns)) each
+    """
+
+    def gradient(value):
+        parts = torch.autograd.grad(value, list(run.model.parameters()), retain_graph=True)
+        return torch.cat([part.flatten() for part in parts])
+
+    places = {"analysis of wrong steps": [], "analysis of right steps": [], "solution": []}
+    for row, (_, ids, (*_, wrong)) in enumerate(corrections):
+        differs = wrong_steps(wrong)
+        line = 0  # the analysis' header; its steps are lines 1, 2, ...
+        for t, token in enumerate(ids):
+            name = "solution"
+            if 0 < line <= len(differs):
+                name = f"analysis of {'wrong' if differs[line - 1] else 'right'} steps"
+            if line > 0:
+                places[name].append((row, t))
+            line += run.tokenizer.decode([token]).count("\n")
+    logp = log_p(run.model, [(prompt, ids) for prompt, ids, _ in corrections])
+    errors = [error for *_, error in corrections]
+    measured = {}
+    for which in ("right", "misconceived"):
+        rows = value_rows(run.tokenizer, errors, kind, "solution", which == "misconceived")
+        along = gradient(log_p(run.model, rows).sum())
+        for name, tokens in places.items():
+            sequences, columns = torch.tensor(tokens).T
+            credit = gradient(logp[sequences, columns].sum())
+            cosine = torch.cosine_similarity(credit, along, dim=0).item()
+            measured[f"cosine, {name} and {which} value"] = cosine
+    return measured
+
+
+# ----------------------------------------------------------------------------------- 4. all runs
 
 
 def write_whole(path: Path, value) -> None:
@@ -591,27 +557,27 @@ def result_file(work: Path, name: str, seed: int) -> Path:
     return work / f"{re.sub('[^a-zA-Z0-9.]+', '-', name)}-seed{seed}-{settings(name)}.json"
 
 
-def make_policies(jobs: list[tuple[str, int]], work: Path) -> None:
-    """Trains the policies that these runs start from, if they are not there: minutes each."""
-    for name, seed in jobs:
-        policy = policy_of(ARMS[name], seed, work)
-        if policy.exists():
-            continue
-        part = policy.with_name(f"{policy.name}.part")
-        kind, number = policy.name.split("-")
-        make = [sys.executable, ROOT / "toy/make_toy.py", "--analysis", kind, "--seed", number]
-        subprocess.run([*make, "--measure", "300", "--output", part], check=True)
-        part.rename(policy)
+def make_policy(policy: Path) -> None:
+    """Trains the policy of this folder, if it is not there: minutes."""
+    if policy.exists():
+        return
+    kind, number = policy.name.split("-")
+    part = policy.with_suffix(".part")
+    make = [sys.executable, ROOT / "toy/make_toy.py", "--analysis", kind, "--seed", number]
+    subprocess.run([*make, "--measure", "300", "--output", part], check=True)
+    part.rename(policy)
 
 
 def run_all(names: list[str], seeds: range, jobs: int, work: Path) -> None:
     """Runs what has no result yet, `jobs` at a time, each in a process of its own."""
-    done = {(row.arm, row.seed) for row in results(work).itertuples()}
+    known = results(work)
+    done = set(zip(known["arm"], known["seed"]))
     missing = [(name, seed) for seed in seeds for name in names if (name, seed) not in done]
-    make_policies(missing, work)
+    for policy in {policy_of(ARMS[name], seed, work) for name, seed in missing}:
+        make_policy(policy)
     # A server that has imported everything and has no threads forks a process for each run.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "train"])
+    context.set_forkserver_preload(["__main__"])
     with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:
         runs = [pool.submit(one_run, name, seed, work) for name, seed in missing]
         try:
@@ -625,266 +591,17 @@ def results(work: Path) -> pd.DataFrame:
     """A line for each run that is known: those of study.csv, and the files of the work folder."""
     lines = []
     if TABLE.exists():
-        for row in pd.read_csv(TABLE, dtype={"settings": str}).to_dict("records"):
-            if row["arm"] in ARMS and row["settings"] == settings(row["arm"]):
-                lines.append(row)
+        lines = pd.read_csv(TABLE, dtype={"settings": str}).to_dict("records")
     for name in ARMS:
-        for seed in range(MOST_SEEDS):
-            file = result_file(work, name, seed)
-            if file.exists():
-                measured = json.loads(file.read_text())
-                row = {"arm": name, "seed": seed, "settings": settings(name)}
-                for column, value in measured.items():
-                    if column.startswith(KEPT) and value is not None:
-                        row[column] = round(value, 6)
-                lines.append(row)
-    if not lines:
-        return pd.DataFrame(columns=["arm", "seed"])
-    frame = pd.DataFrame(lines).drop_duplicates(["arm", "seed"], keep="last")
-    order = {name: place for place, name in enumerate(ARMS)}
-    return frame.sort_values(["arm", "seed"], key=lambda c: c.map(order).fillna(c))
-
-
-# ------------------------------------------------------------------------------------- 4. report
-
-
-def statistics(values) -> dict:
-    """Mean, half of the 95 % interval (t), two-sided p of mean 0, and the mean that n values with
-    this spread detect with 80 % power at the 5 % level, (t_0.975 + t_0.8) s / sqrt(n)."""
-    values = np.asarray(values, dtype=float)
-    n = len(values)
-    mean = values.mean()
-    if n < 2:
-        return {"n": n, "mean": mean, "half": math.nan, "p": math.nan, "detectable": math.nan}
-    from scipy import stats  # here, since one seed, as in the quick test, does without it
-
-    error = stats.sem(values)
-    t_80, t_975 = stats.t.ppf([0.8, 0.975], n - 1)
-    p = float(mean == 0)
-    if error:
-        p = stats.ttest_1samp(values, 0).pvalue
-    detectable = (t_975 + t_80) * error
-    return {"n": n, "mean": mean, "half": t_975 * error, "p": p, "detectable": detectable}
-
-
-def markdown(frame: pd.DataFrame) -> str:
-    rows = [list(frame.columns), ["---"] * len(frame.columns), *frame.astype(str).values.tolist()]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
-
-
-def interval(values) -> str:
-    values = values.dropna()
-    if values.empty:
-        return "-"
-    return "{mean:.3f} ± {half:.3f}".format(**statistics(values))
-
-
-def levels(runs: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
-    """Each arm's means and intervals; of what it spent, the means alone."""
-    by_arm = runs.groupby("arm", sort=False)
-    table = pd.DataFrame({"seeds": by_arm.size()})
-    for column in columns:
-        if runs.get(column) is not None and runs[column].notna().any():
-            table[column] = by_arm[column].agg(interval)
-    for unit in ("steps", "stage-2 steps", *UNITS):
-        if f"spent {unit}" in runs:  # `vanilla` spends nothing
-            spent = by_arm[f"spent {unit}"].mean().fillna(0)
-            table[unit] = spent.map("{:,.1f}".format).str.removesuffix(".0")
-    return table.reset_index()
-
-
-def paired(runs: pd.DataFrame, measure: str, arm: str, other: str) -> pd.Series:
-    """The difference at each seed that both arms have."""
-    if measure not in runs:
-        return pd.Series(dtype=float)
-    by_seed = runs.pivot(index="seed", columns="arm", values=measure)
-    if not {arm, other} <= set(by_seed.columns):
-        return pd.Series(dtype=float)
-    return (by_seed[arm] - by_seed[other]).dropna()
-
-
-def compared(runs: pd.DataFrame) -> pd.DataFrame:
-    """Every claim's arm minus arm, paired by seed."""
-    lines = []
-    for claim, measure, arm, other in CLAIMS:
-        differences = paired(runs, measure, arm, other)
-        if differences.empty:
-            continue
-        s = statistics(differences)
-        reading = "-"  # one seed has no p
-        if s["p"] >= 0.05:
-            reading = "no difference shown"
-        if s["p"] < 0.05:
-            reading = "higher" if s["mean"] > 0 else "lower"
-        low = s["mean"] - s["half"]
-        high = s["mean"] + s["half"]
-        lines.append({
-            "claim": claim, "difference": f"{arm} − {other}", "of": measure, "seeds": s["n"],
-            "mean": f"{s['mean']:+.3f} [{low:+.3f}, {high:+.3f}]", "p": s["p"],
-            "detectable": f"{s['detectable']:.3f}", "reading": reading,
-        })  # fmt: skip
-    return pd.DataFrame(lines)
-
-
-def report(runs: pd.DataFrame, output: Path) -> None:
-    """study.csv, the pictures, and this study's section of RESULTS.md, of all that is there."""
-    claims = compared(runs)
-    if claims.empty:
-        sys.exit("error: no results to compare yet; run study.py with --groups of arms first")
-    readings = claims["reading"].value_counts()
-    small = claims["p"] < 0.05 / len(claims)
-    summary = (
-        f"Of these {len(claims)} comparisons {readings.get('higher', 0)} are higher and "
-        f"{readings.get('lower', 0)} lower at p < 0.05 (chance alone: {len(claims) / 20:.1f}), "
-        f"{small.sum()} also at Bonferroni's {0.05 / len(claims):.5f}. The columns, and what may "
-        "not be concluded: STUDY.md."
-    )
-    claims["p"] = ["< 0.0001" if p < 1e-4 else f"{p:.4f}" for p in claims["p"]]
-    section = [f"![{DIFFERENCES}](study.png)", markdown(claims), summary, f"![{WHO}](mechanism.png)"]
-    for group, title in GROUPS.items():
-        of_group = runs[runs["arm"].map(lambda name: ARMS[name].group) == group]
-        if of_group.empty:
-            continue
-        section += [f"### {title} (`--groups {group}`)", markdown(levels(of_group, MEASURES))]
-        if group in ("mechanism", "remedy"):
-            columns = [c for c in runs if c.startswith(("wrong steps", "right steps", "log p"))]
-            section += [WHY, markdown(levels(of_group, [WELL_FORMED, *columns]).iloc[:, : 3 + len(columns)])]
-        if group == "mechanism":
-            columns = [c for c in runs if c.startswith("cosine")]
-            vanilla = of_group[of_group["spent steps"].isna()]
-            section += [COSINES, markdown(levels(vanilla, columns).iloc[:, : 2 + len(columns)])]
-    absent = [name for name in ARMS if name not in set(runs["arm"])]
-    if absent:
-        section.append(f"Not run yet: {'; '.join(absent)}.")
-    write_section(output / "RESULTS.md", "study.py", "\n\n".join(section))
-    runs.to_csv(output / "study.csv", index=False)
-    draw_differences(runs, output / "study.png")
-    draw_mechanism(runs, output / "mechanism.png")
-
-
-def write_section(path: Path, name: str, text: str) -> None:
-    """Puts `text` between this script's markers in a Markdown file; all around them stays."""
-    begin = f"<!-- {name}: begin -->"
-    end = f"<!-- {name}: end -->"
-    before, _, rest = (path.read_text() if path.exists() else "# Measured\n\n").partition(begin)
-    after = rest.partition(end)[2] or "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{before}{begin}\n{text}\n{end}{after}")
-
-
-DIFFERENCES = "paired differences of every seed, and their means with 95 % intervals"
-WHO = "accuracy and correction by kind of analysis and by who gets the credit"
-WHY = (
-    "What the analyses of the fixed errors say, and mean log p of the value of the first wrong step "
-    "at three places:"
-)
-COSINES = (
-    "Before training: cosines between the gradient of log p of some tokens of successful "
-    "corrections and of a value of the first wrong step in a solution. Credit to the tokens moves "
-    "the value along it."
-)
-GRAY = "#7d8590"  # of letters and lines: readable on white and on black
-PICTURED = (  # (label, measure, arm, the arm that is subtracted)
-    ("ScRPO − GRPO, equal samples: solved", SOLVED, "ScRPO, samples", "GRPO"),
-    ("... equal questions", SOLVED, "ScRPO, questions", "GRPO"),
-    ("... equal questions and samples", SOLVED, "ScRPO, questions", "GRPO, G = 10"),
-    ("... equal seconds", SOLVED, "ScRPO, seconds", "GRPO"),
-    ("ScRPO − GRPO, equal samples: corrected", CORRECTED, "ScRPO, samples", "GRPO"),
-    ("... equal questions and samples", CORRECTED, "ScRPO, questions", "GRPO, G = 10"),
-    ("analysis − untrained, recompute: solved", SOLVED, "recompute: analysis", "recompute: vanilla"),
-    ("... quote", SOLVED, "quote: analysis", "quote: vanilla"),
-    ("... verdict", SOLVED, "verdict: analysis", "verdict: vanilla"),
-    ("no credit to quotes − analysis, quote: solved", SOLVED, "quote: no quotes", "quote: analysis"),
-)
-WHAT = {SOLVED: "held-out problems solved", CORRECTED: "errors of the untrained policy corrected"}
-COLORS = {
-    "vanilla": GRAY, "analysis": "tab:orange", "no quotes": "tab:olive",
-    "corrected solution": "tab:blue", "all tokens": "tab:green", "random tokens": "tab:purple",
-    "both signs": "tab:red",
-}  # fmt: skip
-LABELS = {"vanilla": "untrained", "no quotes": "credit: analysis without quotes"}
-EXAMPLES = {
-    "recompute": "Step 2: 6+9+0=15 not 16",
-    "quote": "Step 2: 6+9+0=16 wrong",
-    "verdict": "Step 2: wrong",
-}
-
-
-def figure_of(rows: int, height: float, **options):
-    """(figure, axes) of 900 pixels' width, transparent, with letters of 12 pixels."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    matplotlib.rcParams.update({
-        "font.size": 9, "text.color": GRAY, "axes.labelcolor": GRAY, "axes.edgecolor": GRAY,
-        "xtick.color": GRAY, "ytick.color": GRAY, "savefig.transparent": True, "savefig.dpi": 100,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9,
-    })  # fmt: skip
-    figure = Figure(figsize=(9, height), layout="constrained")
-    return figure, figure.subplots(rows, 1, squeeze=False, **options)[:, 0]
-
-
-def draw_differences(runs: pd.DataFrame, path: Path) -> None:
-    """Paired differences of PICTURED: every seed, and the mean with its 95 % interval."""
-    drawn = []
-    for label, measure, arm, other in PICTURED:
-        differences = paired(runs, measure, arm, other)
-        if len(differences):
-            drawn.append((f"{label} (n = {len(differences)})", differences))
-    figure, (axis,) = figure_of(1, 0.8 + 0.32 * len(drawn))
-    for y, (_, differences) in enumerate(drawn):
-        s = statistics(differences)
-        axis.plot(differences, [y + 0.18] * len(differences), ".", color=GRAY, ms=4)
-        axis.errorbar(s["mean"], y - 0.1, xerr=s["half"], fmt="o", color="tab:orange", capsize=3)
-    axis.axvline(0, color=GRAY, lw=1)
-    axis.set_yticks(range(len(drawn)), [label for label, _ in drawn])
-    axis.invert_yaxis()
-    axis.set_xlabel("difference in share, paired by seed; dots: seeds, bars: mean and 95 % interval")
-    figure.savefig(path)
-
-
-def draw_mechanism(runs: pd.DataFrame, path: Path) -> None:
-    """What stage 2 alone does to solving and correcting, by kind of analysis; credit by colour."""
-    figure, axes = figure_of(2, 5.6, sharex=True)
-    for axis, measure in zip(axes, (SOLVED, CORRECTED)):
-        axis.set_title(f"{WHAT[measure]}, after stage 2 alone", loc="left")
-        axis.set_ylim(0, 1)
-        for place, kind in enumerate(KINDS):
-            for offset, (credit, color) in enumerate(COLORS.items()):
-                values = runs.loc[runs["arm"] == f"{kind}: {credit}", measure]
-                if values.empty:
-                    continue
-                s = statistics(values)
-                x = place + 0.12 * (offset - 3)
-                axis.plot([x - 0.025] * len(values), values, ".", color=color, ms=3, alpha=0.6)
-                label = LABELS.get(credit, f"credit: {credit}")
-                axis.errorbar(
-                    x + 0.02, s["mean"], np.nan_to_num(s["half"]), fmt="o", color=color, ms=5,
-                    capsize=3, label=label if place == 0 else None,
-                )  # fmt: skip
-    axes[-1].set_xticks(range(len(KINDS)), [f"{kind}\n{EXAMPLES[kind]}" for kind in KINDS])
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
-    figure.savefig(path)
-
-
-def main() -> None:
-    how = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=how)
-    parser.add_argument("--groups", nargs="*", default=list(GROUPS), help="of arms to run")
-    parser.add_argument("--arms", nargs="*", help="run only these arms of the groups")
-    parser.add_argument("--seeds", type=int, default=8, help="0 .. n-1 of every arm")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs/study", help="folder of results")
-    parser.add_argument("--output", type=Path, help="folder of the report; default: --work's")
-    options = parser.parse_args()
-    work = options.work.resolve()
-    (work / "policies").mkdir(parents=True, exist_ok=True)
-    names = [name for name in ARMS if ARMS[name].group in options.groups]
-    if options.arms:
-        names = options.arms
-    run_all(names, range(options.seeds), options.jobs, work)
-    report(results(work), options.output or work)
-
-
-if __name__ == "__main__":
-    main()
+        for file in work.glob(result_file(work, name, 0).name.replace("-seed0-", "-seed*-")):
+            line = {"arm": name, "seed": int(re.search(r"-seed(\d+)-", file.name)[1])}
+            line["settings"] = settings(name)
+            for column, value in json.loads(file.read_text()).items():
+                if column in MEASURES or re.match("wrong|right|well-|log p|cosine|spent", column):
+                    line[column] = round(value, 6)
+            lines.append(line)
+    known = [x for x in lines if x["arm"] in ARMS and x["settings"] == settings(x["arm"])]
+    frame = pd.DataFrame(known, columns=None if known else ["arm", "seed"])
+    frame = frame.drop_duplicates(["arm", "seed"], keep="last")
+    place = {name: i for i, name in enumerate(ARMS)}
+    return frame.sort_values(["arm", "seed"], key=lambda column: column.map(place).fillna(column))

@@ -41,8 +41,9 @@ steps.
    right iff the analysis is, and a gradient on the analysis alone (Eq. 12) has something to teach. Not an
    analysis that only names the first wrong step: a policy taught so never learned to find it.
 
-   --analysis decides what an analysis says, and so what practising it can transfer to solving. The corrected
-   solution is drawn in the same way for all three; a step is called wrong iff its value changes there.
+   --analysis decides what an analysis says, and so what practising it can transfer to solving. quote and verdict
+   judge each line by itself, by the same second look at its digits and its carry; the corrected solution has
+   the value that was found, unless the carry is another one by now.
 
        recompute (the default)      quote                      verdict
        Step 1: 4+4+0=08             Step 1: 4+4+0=08 right     Step 1: right
@@ -68,6 +69,7 @@ Everything about the toy is [ours]; the paper has nothing like it.
 import argparse
 import json
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -140,13 +142,22 @@ def solve(x, y, teacher, rng):
     return walk(x, y, lambda place, fact: ask(teacher, fact, rng))
 
 
-def correct(x, y, wrong, teacher, rng):
-    """The steps of the teacher's second look at the steps `wrong`; see 3 above."""
+def look_again(fact, old, teacher, rng):
+    """The teacher's second look at one value; see 3 above."""
+    if old == sum(fact):
+        return old if rng.random() < 0.85 else ask(teacher, fact, rng)
+    return ask(teacher, fact, rng, excluded=old if rng.random() < 0.75 else None)
+
+
+def correct(x, y, wrong, teacher, rng, judged=None):
+    """The steps of the teacher's second look at the steps `wrong`, carries brought up to date.
+
+    judged: the values that it found when it looked at each line of `wrong` by itself, if it did.
+    """
     def second_look(place, fact):
-        old = wrong[place][-1]
-        if old == sum(fact):  # right for the carry as it is now
-            return old if rng.random() < 0.85 else ask(teacher, fact, rng)
-        return ask(teacher, fact, rng, excluded=old if rng.random() < 0.75 else None)
+        if judged and fact == wrong[place][:3]:
+            return judged[place]
+        return look_again(fact, wrong[place][-1], teacher, rng)
 
     return walk(x, y, second_look)
 
@@ -162,6 +173,11 @@ def problem_text(x, y):
     return f"Add {x}+{y} digit by digit."
 
 
+def step_text(n, step):
+    a, b, carry, value = step
+    return f"Step {n}: {a}+{b}+{carry}={value:02d}"
+
+
 def solution_text(steps):
     r"""
     >>> print(solution_text([(4, 4, 0, 8), (6, 9, 0, 15), (9, 4, 1, 14)]))
@@ -170,7 +186,7 @@ def solution_text(steps):
     Step 3: 9+4+1=14
     \boxed{1458}
     """
-    lines = [f"Step {n}: {a}+{b}+{carry}={value:02d}" for n, (a, b, carry, value) in enumerate(steps, 1)]
+    lines = [step_text(n, step) for n, step in enumerate(steps, 1)]
     *lower, highest = (value for *_, value in steps)  # of the highest step both digits count
     total = sum(value % 10 * 10**place for place, value in enumerate(lower)) + highest * 10 ** len(lower)
     return "\n".join([*lines, f"\\boxed{{{total}}}"])
@@ -179,22 +195,23 @@ def solution_text(steps):
 ANALYSES = ("recompute", "quote", "verdict")
 
 
-def analysis_line(step, new, old, analysis):
-    """What an analysis says about one step, of which `new` is the corrected and `old` the wrong solution's line.
+def analysis_line(n, new, old, judged, analysis):
+    """What an analysis says about step n: `new` is the corrected step, `old` the wrong solution's, and `judged`
+    what that line should say by itself.
 
-    >>> lines = 2, "Step 2: 6+9+0=15", "Step 2: 6+9+0=16"
-    >>> [analysis_line(*lines, analysis) for analysis in ANALYSES]
+    >>> step = 2, (6, 9, 0, 15), (6, 9, 0, 16), 15
+    >>> [analysis_line(*step, analysis) for analysis in ANALYSES]
     ['Step 2: 6+9+0=15 not 16', 'Step 2: 6+9+0=16 wrong', 'Step 2: wrong']
     """
-    kept = new.rpartition("=")[2] == old.rpartition("=")[2]
     if analysis == "recompute":
-        return new if kept else f"{new} not {old.rpartition('=')[2]}"
-    judgement = "right" if kept else "wrong"
-    return f"{old} {judgement}" if analysis == "quote" else f"Step {step}: {judgement}"
+        return step_text(n, new) if new[-1] == old[-1] else f"{step_text(n, new)} not {old[-1]:02d}"
+    judgement = "right" if judged == old[-1] else "wrong"
+    return f"{step_text(n, old)} {judgement}" if analysis == "quote" else f"Step {n}: {judgement}"
 
 
-def correction_text(steps, wrong, analysis="recompute"):
-    r"""
+def correction_text(steps, wrong, analysis="recompute", judged=None):
+    r"""The steps `wrong` analysed, then corrected. Without `judged` each line is judged rightly.
+
     >>> wrong = [(4, 4, 0, 18), (6, 9, 1, 16), (9, 4, 1, 14)]
     >>> print(correction_text(walk(964, 494, lambda place, fact: sum(fact)), wrong))
     Analysis:
@@ -208,9 +225,40 @@ def correction_text(steps, wrong, analysis="recompute"):
     \boxed{1458}
     """
     solution = solution_text(steps)
-    pairs = zip(solution.split("\n"), solution_text(wrong).split("\n")[:-1])
-    lines = [analysis_line(n, new, old, analysis) for n, (new, old) in enumerate(pairs, 1)]
+    judged = judged or [sum(fact) for *fact, _ in wrong]
+    places = enumerate(zip(steps, wrong, judged), 1)
+    lines = [analysis_line(n, new, old, value, analysis) for n, (new, old, value) in places]
     return "\n".join(["Analysis:", *lines, "Corrected Solution:", solution])
+
+
+def read_steps(problem, solution):
+    r"""(steps as they stand there, right steps); None for a solution that is right or out of form.
+
+    >>> read_steps("Add 64+94 digit by digit.", "Step 1: 4+4+0=09\nStep 2: 6+9+0=15\n\\boxed{159}")
+    ([(4, 4, 0, 9), (6, 9, 0, 15)], [(4, 4, 0, 8), (6, 9, 0, 15)])
+    """
+    x, y = (int(number) for number in re.search(r"(\d+)\+(\d+)", problem).groups())
+    found = re.findall(r"^Step \d: (\d)\+(\d)\+(\d)=(\d\d)$", solution, re.MULTILINE)
+    steps = [tuple(int(number) for number in step) for step in found]
+    truth = walk(x, y, lambda place, fact: sum(fact))
+    in_form = len(steps) == len(truth) and solution_text(steps) == solution
+    right = [value for *_, value in steps] == [value for *_, value in truth]
+    return (steps, truth) if in_form and not right else None
+
+
+def read_judgements(correction, count):
+    r"""Does the analysis call each of the `count` steps wrong? None where it says nothing of a step.
+
+    >>> read_judgements("Analysis:\nStep 1: 4+4+0=08 not 09\nStep 2: right\nCorrected Solution:\n", 3)
+    [True, False, None]
+    """
+    analysis = correction.partition("Corrected Solution:")[0]
+    lines = dict(re.findall(r"^Step (\d): (.*)$", analysis, re.MULTILINE))
+    said = []
+    for step in range(1, count + 1):
+        line = lines.get(str(step))
+        said.append(line and (line.endswith("wrong") or " not " in line))
+    return said
 
 
 def demonstration(x, y, kind, teacher, rng, analysis):
@@ -221,7 +269,10 @@ def demonstration(x, y, kind, teacher, rng, analysis):
     while all(value == sum(fact) for *fact, value in steps):  # a correction needs a wrong solution
         steps = solve(x, y, teacher, rng)
     user_turn = correction_prompt(problem_text(x, y), solution_text(steps))
-    return user_turn, correction_text(correct(x, y, steps, teacher, rng), steps, analysis)
+    judged = None
+    if analysis != "recompute":
+        judged = [look_again(step[:3], step[-1], teacher, rng) for step in steps]
+    return user_turn, correction_text(correct(x, y, steps, teacher, rng, judged), steps, analysis, judged)
 
 
 # ------------------------------------------------------------------------------------------------------------
