@@ -89,8 +89,10 @@ MISCONCEIVED = "log p, misconceived value in solution"
 FIXED = 300  # errors of the untrained policy, on held-out problems
 AT_RISK = 200  # right answers that the policy is asked to correct
 PROBED = 100  # of the fixed errors: log p of the values, and gradients
+COLUMNS = "wrong steps|right steps|well-formed|log p|cosine|spent"  # kept beside MEASURES
 UNITS = ("samples", "questions", "seconds")  # questions of stage 1
 CORRECTIONS = 24 * 128  # of a run with stage 2 alone
+PRINTED = "printed"  # in place of a run's settings: the accuracy that the first edition printed
 QUOTE = 8  # tokens of a common span, at least, that are a quote; a step of the toy has 11
 
 
@@ -571,6 +573,7 @@ def make_policy(policy: Path) -> None:
 def run_all(names: list[str], seeds: range, jobs: int, work: Path) -> None:
     """Runs what has no result yet, `jobs` at a time, each in a process of its own."""
     known = results(work)
+    known = known[known["settings"] != PRINTED]
     done = set(zip(known["arm"], known["seed"]))
     missing = [(name, seed) for seed in seeds for name in names if (name, seed) not in done]
     for policy in {policy_of(ARMS[name], seed, work) for name, seed in missing}:
@@ -597,11 +600,263 @@ def results(work: Path) -> pd.DataFrame:
             line = {"arm": name, "seed": int(re.search(r"-seed(\d+)-", file.name)[1])}
             line["settings"] = settings(name)
             for column, value in json.loads(file.read_text()).items():
-                if column in MEASURES or re.match("wrong|right|well-|log p|cosine|spent", column):
+                if column in MEASURES or re.match(COLUMNS, column):
                     line[column] = round(value, 6)
             lines.append(line)
-    known = [x for x in lines if x["arm"] in ARMS and x["settings"] == settings(x["arm"])]
-    frame = pd.DataFrame(known, columns=None if known else ["arm", "seed"])
+    frame = pd.DataFrame(lines, columns=None if lines else ["arm", "seed", "settings"])
+    frame = frame[frame["arm"].isin(ARMS.keys())]
+    current = frame["settings"] == frame["arm"].map(settings)
+    # A run takes the place of what the first edition printed of it.
+    frame = pd.concat([frame[frame["settings"] == PRINTED], frame[current]])
     frame = frame.drop_duplicates(["arm", "seed"], keep="last")
     place = {name: i for i, name in enumerate(ARMS)}
     return frame.sort_values(["arm", "seed"], key=lambda column: column.map(place).fillna(column))
+
+
+# ------------------------------------------------------------------------------------- 5. report
+
+
+def statistics(values) -> dict:
+    """Mean, half of the 95 % interval (t), two-sided p of mean 0, and the mean that n values with
+    this spread detect with 80 % power at the 5 % level, (t_0.975 + t_0.8) s / sqrt(n)."""
+    values = np.asarray(values, dtype=float)
+    n = len(values)
+    mean = values.mean()
+    if n < 2:
+        return {"n": n, "mean": mean, "half": math.nan, "p": math.nan, "detectable": math.nan}
+    from scipy import stats  # here, since one seed, as in the quick test, does without it
+
+    error = stats.sem(values)
+    t_80, t_975 = stats.t.ppf([0.8, 0.975], n - 1)
+    p = float(mean == 0)
+    if error:
+        p = stats.ttest_1samp(values, 0).pvalue
+    detectable = (t_975 + t_80) * error
+    return {"n": n, "mean": mean, "half": t_975 * error, "p": p, "detectable": detectable}
+
+
+def paired(runs: pd.DataFrame, measure: str, arm: str, other: str) -> pd.Series:
+    """The difference at each seed that both arms have."""
+    by_arm = runs.set_index(["arm", "seed"])[measure]
+    if not {arm, other} <= set(runs["arm"]):
+        return pd.Series(dtype=float)
+    return (by_arm[arm] - by_arm[other]).dropna()
+
+
+def compared(runs: pd.DataFrame) -> pd.DataFrame:
+    """Every claim's arm minus arm, paired by seed."""
+    lines = []
+    for claim, measure, arm, other in CLAIMS:
+        differences = paired(runs, measure, arm, other)
+        if differences.empty:
+            continue
+        s = statistics(differences)
+        line = {
+            "claim": claim, "difference": f"{arm} − {other}", "of": measure, "seeds": s["n"],
+            "mean": f"{s['mean']:+.3f}", "p": s["p"], "detectable": "-", "reading": "one seed",
+        }  # fmt: skip
+        if s["n"] > 1:
+            low = s["mean"] - s["half"]
+            high = s["mean"] + s["half"]
+            line["mean"] += f" [{low:+.3f}, {high:+.3f}]"
+            line["detectable"] = f"{s['detectable']:.3f}"
+            line["reading"] = "no difference shown"
+        if s["p"] < 0.05:
+            line["reading"] = "higher" if s["mean"] > 0 else "lower"
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def levels(runs: pd.DataFrame, columns) -> pd.DataFrame:
+    """Each arm's means with 95 % intervals, of the columns that hold anything."""
+
+    def interval(values):
+        known = values.dropna()
+        if known.empty:
+            return "-"
+        s = statistics(known)
+        text = f"{s['mean']:.3f}"
+        if s["n"] > 1:
+            text += f" ± {s['half']:.3f}"
+        if s["n"] < len(values):
+            text += f" (n = {s['n']})"
+        return text
+
+    by_arm = runs.groupby("arm", sort=False)
+    table = pd.DataFrame({"seeds": by_arm.size()})
+    for column in columns:
+        if runs[column].notna().any():
+            table[column] = by_arm[column].agg(interval)
+    return table.reset_index()
+
+
+def spent(runs: pd.DataFrame) -> pd.DataFrame:
+    """Means of what each arm spent."""
+    names = {f"spent {unit}": f"{unit} spent" for unit in ("steps", "stage-2 steps", *UNITS)}
+    means = runs.groupby("arm", sort=False)[list(names)].mean().rename(columns=names)
+    return means.map(lambda mean: "-" if math.isnan(mean) else f"{mean:,.4g}").reset_index()
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    rows = [list(frame.columns), ["---"] * len(frame.columns), *frame.astype(str).values.tolist()]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def report(runs: pd.DataFrame, output: Path) -> None:
+    """study.csv, the pictures, and this study's section of RESULTS.md, of all that is there."""
+    claims = compared(runs)
+    if claims.empty:
+        sys.exit("error: there are no results to compare yet; name --groups to run")
+    readings = claims["reading"].value_counts()
+    bound = 0.05 / len(claims)
+    summary = (
+        f"Of these {len(claims)} comparisons {readings.get('higher', 0)} are higher and "
+        f"{readings.get('lower', 0)} lower at p < 0.05 (chance alone: {len(claims) / 20:.1f}), "
+        f"{(claims['p'] < bound).sum()} also at Bonferroni's {bound:.5f}."
+    )
+    claims["p"] = claims["p"].map("{:.4f}".format).replace({"0.0000": "< 0.0001", "nan": "-"})
+    section = [f"![{CAPTIONS['study']}](study.png)", markdown(claims), summary]
+    section.append(f"![{CAPTIONS['mechanism']}](mechanism.png)")
+    columns = pd.Index(runs.columns)
+    explaining = columns[columns.str.match("wrong steps|right steps|well-formed|log p")]
+    for group, title in GROUPS.items():
+        rows = runs[runs["arm"].map(lambda name: ARMS[name].group) == group]
+        if rows.empty:
+            continue
+        section += [f"### {title} (`{group}`)", markdown(levels(rows, MEASURES))]
+        if group in ("mechanism", "remedy", "rate"):
+            section.append(markdown(levels(rows, explaining)))
+        if group == "mechanism":
+            untrained = rows[rows["arm"].str.endswith("vanilla")]
+            cosines_of = columns[columns.str.startswith("cosine")]
+            section += [CAPTIONS["cosines"], markdown(levels(untrained, cosines_of))]
+    section += ["### What the arms spent", markdown(spent(runs))]
+    absent = [name for name in ARMS if name not in set(runs["arm"])]
+    if absent:
+        section.append(f"**Not run yet**: {'; '.join(absent)}.")
+    write_section(output / "RESULTS.md", "study.py", "\n\n".join(section))
+    runs.to_csv(output / "study.csv", index=False)
+    draw_differences(runs, output / "study.png")
+    draw_mechanism(runs, output / "mechanism.png")
+
+
+CAPTIONS = {
+    "study": "paired differences of every seed, and their means with 95 % intervals",
+    "mechanism": "accuracy and correction by kind of analysis and by who gets the credit",
+    "cosines": (
+        "Before training: the cosine between two gradients, of log p of some tokens of successful "
+        "corrections, along which credit to them moves the policy, and of log p of a value of the "
+        "first wrong step in a solution."
+    ),
+}
+
+
+def write_section(path: Path, name: str, text: str) -> None:
+    """Puts `text` between this script's markers in a Markdown file; all around them stays."""
+    begin = f"<!-- {name}: begin -->"
+    end = f"<!-- {name}: end -->"
+    old = "# Measured\n\n"
+    if path.exists():
+        old = path.read_text()
+    before, _, rest = old.partition(begin)
+    after = rest.partition(end)[2] or "\n"
+    path.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+
+
+GRAY = "#7d8590"  # of letters and lines: readable on white and on black
+PICTURED = (  # (measure, arm, the arm that is subtracted)
+    (SOLVED, "ScRPO, samples", "GRPO"),
+    (SOLVED, "ScRPO, questions", "GRPO"),
+    (SOLVED, "ScRPO, questions", "GRPO, G = 10"),
+    (SOLVED, "ScRPO, seconds", "GRPO"),
+    (SOLVED, "recompute: analysis", "recompute: vanilla"),
+    (SOLVED, "verdict: analysis", "verdict: vanilla"),
+    (SOLVED, "quote: analysis", "quote: vanilla"),
+    (SOLVED, "quote: no quotes", "quote: vanilla"),
+    (SOLVED, "quote: all tokens", "quote: vanilla"),
+)
+CREDITS = {  # arms of each kind of analysis: (label, colour)
+    "vanilla": ("untrained", GRAY),
+    "analysis": ("credit: analysis", "tab:orange"),
+    "no quotes": ("credit: analysis without quotes", "tab:olive"),
+    "corrected solution": ("credit: corrected solution", "tab:blue"),
+    "all tokens": ("credit: all tokens", "tab:green"),
+    "random tokens": ("credit: random tokens", "tab:purple"),
+    "both signs": ("credit: analysis, both signs", "tab:red"),
+}
+
+
+def figure_of(height: float, rows: int):
+    """(figure, axes): 900 pixels wide, transparent, with letters of 12 pixels."""
+    matplotlib.rcParams.update({
+        "font.size": 9, "axes.titlesize": 9, "text.color": GRAY, "axes.labelcolor": GRAY,
+        "axes.edgecolor": GRAY, "xtick.color": GRAY, "ytick.color": GRAY, "savefig.dpi": 100,
+        "savefig.transparent": True, "axes.spines.top": False, "axes.spines.right": False,
+    })  # fmt: skip
+    figure = Figure(figsize=(9, height), layout="constrained")
+    return figure, figure.subplots(rows, 1, squeeze=False, sharex=True)[:, 0]
+
+
+def draw_differences(runs: pd.DataFrame, path: Path) -> None:
+    """Paired differences of PICTURED: every seed, and the mean with its 95 % interval."""
+    drawn = []
+    for measure, arm, other in PICTURED:
+        differences = paired(runs, measure, arm, other)
+        if len(differences):
+            drawn.append((f"{arm} − {other} (n = {len(differences)})", differences))
+    figure, (axis,) = figure_of(0.8 + 0.32 * len(drawn), rows=1)
+    for y, (_, differences) in enumerate(drawn):
+        s = statistics(differences)
+        axis.plot(differences, [y + 0.18] * len(differences), ".", color=GRAY, ms=4)
+        half = np.nan_to_num(s["half"])
+        axis.errorbar(s["mean"], y - 0.1, xerr=half, fmt="o", color="tab:orange", capsize=3)
+    axis.axvline(0, color=GRAY, lw=1)
+    axis.set_yticks(range(len(drawn)), [label for label, _ in drawn])
+    axis.invert_yaxis()
+    axis.set_xlabel("difference of held-out accuracy, by seed; dots: seeds, bars: mean and 95 %")
+    figure.savefig(path)
+
+
+def draw_mechanism(runs: pd.DataFrame, path: Path) -> None:
+    """What stage 2 alone does to solving and correcting, by kind of analysis; credit by colour."""
+    figure, axes = figure_of(5.6, rows=2)
+    titles = ("held-out problems solved", "errors of the untrained policy corrected")
+    for axis, measure, title in zip(axes, (SOLVED, CORRECTED), titles):
+        axis.set_title(f"{title}, after stage 2 alone", loc="left")
+        axis.set_ylim(0, 1)
+        for offset, (credit, (label, color)) in enumerate(CREDITS.items()):
+            for place, kind in enumerate(KINDS):
+                values = runs.loc[runs["arm"] == f"{kind}: {credit}", measure].dropna()
+                if values.empty:
+                    continue
+                s = statistics(values)
+                x = place + 0.12 * (offset - 3)
+                axis.plot([x - 0.02] * len(values), values, ".", color=color, ms=3, alpha=0.6)
+                half = np.nan_to_num(s["half"])
+                axis.errorbar(x + 0.02, s["mean"], half, fmt="o", color=color, ms=5, capsize=3)
+    axes[-1].set_xticks(range(len(KINDS)), [f"{kind}\n{line}" for kind, line in KINDS.items()])
+    handles = [matplotlib.lines.Line2D([], [], marker="o", ls="", c=c, label=label)
+               for label, c in CREDITS.values()]  # fmt: skip
+    figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False)
+    figure.savefig(path)
+
+
+def main() -> None:
+    how = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=how)
+    parser.add_argument("--groups", nargs="*", default=list(GROUPS), help="of arms to run")
+    parser.add_argument("--seeds", type=int, default=8, help="0 .. n-1 of every arm")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs/study", help="folder of results")
+    parser.add_argument("--output", type=Path, help="folder of the report; default: --work's")
+    options = parser.parse_args()
+    work = options.work.resolve()
+    (work / "policies").mkdir(parents=True, exist_ok=True)
+    names = [name for name in ARMS if ARMS[name].group in options.groups]
+    if names:
+        run_all(names, range(options.seeds), options.jobs, work)
+    report(results(work), options.output or work)
+
+
+if __name__ == "__main__":
+    main()
