@@ -49,7 +49,6 @@ from matplotlib.figure import Figure  # noqa: E402
 from torch.nn.utils.rnn import pad_sequence  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-import error_pool  # noqa: E402
 import reward  # noqa: E402
 import rollout  # noqa: E402
 import train  # noqa: E402
@@ -64,11 +63,7 @@ GROUPS = {
     "rate": "Stage 2 alone at a quarter of the learning rate",
     "scarce": "Scarce labels: 32 training questions, another 32 at each seed",
 }
-KINDS = {  # of analyses, see toy/make_toy.py
-    "recompute": "Step 2: 6+9+0=15 not 16",
-    "quote": "Step 2: 6+9+0=16 wrong",
-    "verdict": "Step 2: wrong",
-}
+KINDS = ("recompute", "quote", "verdict")  # of analyses, see toy/make_toy.py
 BASE = (
     "--schedule constant --steps 2000 --save_every 100000 --eval_every 0 "
     "--eval_questions 1000 --learning_rate 5e-4"
@@ -404,20 +399,29 @@ def measure(run, arm: Arm, fixed: Path) -> dict:
             SPOILED: 1 - share_right(correct(finished(answers, wanted=1)[:AT_RISK])),
         }
         if arm.two_policies:
-            wrongs = []
-            for problem, _, response, _ in errors:
-                wrongs.append((problem, response, make_toy.read_steps(problem, response)))
-            measured |= what_analyses_say(corrections, [wrong for *_, wrong in wrongs])
-            readable = [error for error in wrongs if error[-1]]
-            measured |= log_p_of_values(run, readable[:PROBED], arm.kind)
-        if arm.two_policies and config.steps == 0:
-            successful = []
-            for group, error in zip(correct(errors[: PROBED // 2], samples=range(4)), wrongs):
-                for sampled in group.samples:
-                    if error[-1] and sampled.reward == 1:
-                        successful.append((group.prompt, sampled.token_ids, error))
-            measured |= cosines(run, successful[:PROBED], arm.kind)
+            measured |= explain(run, arm.kind, errors, corrections, correct)
     run.engine.sleep()
+    return measured
+
+
+def explain(run, kind: str, errors, corrections, correct) -> dict:
+    """What the analyses of these errors say, and what the policy believes of the values there."""
+    wrongs = [make_toy.read_steps(problem, response) for problem, _, response, _ in errors]
+    measured = what_analyses_say(corrections, wrongs)
+    readable = [(error[0], *wrong) for error, wrong in zip(errors, wrongs) if wrong]
+    for where in ("solution", "analysis", "corrected solution"):
+        if (kind, where) != ("verdict", "analysis"):  # it has no values
+            with torch.no_grad():
+                values = log_p_of_values(run, readable[:PROBED], kind, where)
+            for which, logp in values.items():
+                measured[f"log p, {which} value in {where}"] = logp.mean().item()
+    if run.config.steps == 0:  # the policy that all arms of this kind start from
+        successful = []
+        for group, wrong in zip(correct(errors[: PROBED // 2], samples=range(4)), wrongs):
+            for sample in group.samples:
+                if wrong and sample.reward == 1:
+                    successful.append((group.prompt, sample.token_ids, (group.problem, *wrong)))
+        measured |= cosines(run, successful[:PROBED], kind)
     return measured
 
 
@@ -428,54 +432,18 @@ def share_right(groups) -> float:
 
 
 def what_analyses_say(corrections, wrongs: list) -> dict:
-    """The shares of wrong and of right steps that are judged rightly, and of corrections in form.
-
-    Not counted: steps that are right or wrong only because of the carry that they were given.
-    """
+    """The shares of wrong and of right steps that are judged rightly, and of corrections in form."""
     called = {True: [], False: []}  # is the step wrong? -> is it judged rightly?
     for group, wrong in zip(corrections, wrongs):
         if wrong:
-            said = make_toy.read_judgements(group.samples[0].text, len(wrong[0]))
-            for step, is_wrong, called_wrong in zip(wrong[0], wrong_steps(wrong), said):
-                if is_wrong == (step[-1] != sum(step[:3])):
-                    called[is_wrong].append(called_wrong is is_wrong)
+            for is_wrong, said in make_toy.read_judgements(group.samples[0].text, *wrong):
+                called[is_wrong].append(said is is_wrong)
     in_form = [group.samples[0].analysis is not None for group in corrections]
     return {
         CALLED_WRONG: float(np.mean(called[True])),
         CALLED_RIGHT: float(np.mean(called[False])),
         WELL_FORMED: float(np.mean(in_form)),
     }
-
-
-def wrong_steps(wrong: tuple) -> list[bool]:
-    """Of what make_toy.read_steps returns: a step is wrong if its value is not the right one's."""
-    return [step[-1] != true[-1] for step, true in zip(*wrong)]
-
-
-def value_rows(tokenizer, errors, kind: str, where: str, misconceived: bool) -> list[tuple]:
-    """(prompt, continuation) ids of the first wrong step's value, right or misconceived.
-
-    where  "solution", "analysis" or "corrected solution": the text that the value stands in, which
-           is right up to there
-    """
-    rows = []
-    for problem, response, wrong in errors:
-        steps, truth = wrong
-        first = wrong_steps(wrong).index(True)
-        user_turn = error_pool.correction_prompt(problem, response)
-        text = make_toy.correction_text(truth, steps, kind)
-        start = 0
-        if where == "corrected solution":
-            start = text.index("Corrected Solution:")
-        if where == "solution":
-            user_turn = rollout.solution_prompt(problem)
-            text = make_toy.solution_text(truth)
-        prefix = text[: text.index("=", text.index(f"Step {first + 1}: ", start)) + 1]
-        if misconceived:
-            truth = steps
-        prompt = rollout.render(tokenizer, user_turn) + tokenizer.encode(prefix)
-        rows.append((prompt, tokenizer.encode(f"{truth[first][-1]:02d}")))
-    return rows
 
 
 def log_p(model, rows: list[tuple]):
@@ -490,25 +458,23 @@ def log_p(model, rows: list[tuple]):
     return pad_sequence(parts, batch_first=True)
 
 
-def log_p_of_values(run, errors, kind: str) -> dict:
-    """Mean log p of the right and of the misconceived value, in three texts."""
-    measured = {}
-    for where in ("solution", "analysis", "corrected solution"):
-        if (kind, where) == ("verdict", "analysis"):  # it has no values
-            continue
-        for which in ("right", "misconceived"):
-            rows = value_rows(run.tokenizer, errors, kind, where, which == "misconceived")
-            with torch.no_grad():
-                mean = log_p(run.model, rows).sum(1).mean().item()
-            measured[f"log p, {which} value in {where}"] = mean
-    return measured
+def log_p_of_values(run, errors, kind: str, where: str) -> dict:
+    """{right or misconceived: log p of this value of the first wrong step, [errors]}; `where` is
+    the text that it stands in. errors: (problem, steps, right steps) each."""
+    rows = {"right": [], "misconceived": []}
+    for problem, steps, truth in errors:
+        user_turn, text, *values = make_toy.until_wrong_value(problem, steps, truth, where, kind)
+        prompt = rollout.render(run.tokenizer, user_turn) + run.tokenizer.encode(text)
+        for which, value in zip(rows, values):
+            rows[which].append((prompt, run.tokenizer.encode(value)))
+    return {which: log_p(run.model, of_value).sum(1) for which, of_value in rows.items()}
 
 
 def cosines(run, corrections, kind: str) -> dict:
     """Cosines between two gradients: of log p of some tokens of successful corrections, along which
     credit moves the policy, and of log p of a value in a solution, right or misconceived.
 
-    corrections  (prompt, token ids, (problem, response, what read_steps returns)) each
+    corrections  (prompt, token ids, (problem, steps, right steps)) each
     """
 
     def gradient(value):
@@ -516,22 +482,21 @@ def cosines(run, corrections, kind: str) -> dict:
         return torch.cat([part.flatten() for part in parts])
 
     places = {"analysis of wrong steps": [], "analysis of right steps": [], "solution": []}
-    for row, (_, ids, (*_, wrong)) in enumerate(corrections):
-        differs = wrong_steps(wrong)
+    for row, (_, ids, (_, steps, truth)) in enumerate(corrections):
         line = 0  # the analysis' header; its steps are lines 1, 2, ...
         for t, token in enumerate(ids):
             name = "solution"
-            if 0 < line <= len(differs):
-                name = f"analysis of {'wrong' if differs[line - 1] else 'right'} steps"
+            if 0 < line <= len(steps):
+                is_wrong = steps[line - 1][-1] != truth[line - 1][-1]
+                name = f"analysis of {'wrong' if is_wrong else 'right'} steps"
             if line > 0:
                 places[name].append((row, t))
             line += run.tokenizer.decode([token]).count("\n")
     logp = log_p(run.model, [(prompt, ids) for prompt, ids, _ in corrections])
-    errors = [error for *_, error in corrections]
+    values = log_p_of_values(run, [error for *_, error in corrections], kind, "solution")
     measured = {}
-    for which in ("right", "misconceived"):
-        rows = value_rows(run.tokenizer, errors, kind, "solution", which == "misconceived")
-        along = gradient(log_p(run.model, rows).sum())
+    for which, value in values.items():
+        along = gradient(value.sum())
         for name, tokens in places.items():
             sequences, columns = torch.tensor(tokens).T
             credit = gradient(logp[sequences, columns].sum())
@@ -637,9 +602,9 @@ def statistics(values) -> dict:
 
 def paired(runs: pd.DataFrame, measure: str, arm: str, other: str) -> pd.Series:
     """The difference at each seed that both arms have."""
-    by_arm = runs.set_index(["arm", "seed"])[measure]
-    if not {arm, other} <= set(runs["arm"]):
+    if measure not in runs or not {arm, other} <= set(runs["arm"]):
         return pd.Series(dtype=float)
+    by_arm = runs.set_index(["arm", "seed"])[measure]
     return (by_arm[arm] - by_arm[other]).dropna()
 
 
@@ -736,8 +701,7 @@ def report(runs: pd.DataFrame, output: Path) -> None:
         section.append(f"**Not run yet**: {'; '.join(absent)}.")
     write_section(output / "RESULTS.md", "study.py", "\n\n".join(section))
     runs.to_csv(output / "study.csv", index=False)
-    draw_differences(runs, output / "study.png")
-    draw_mechanism(runs, output / "mechanism.png")
+    draw_all(runs, output)
 
 
 CAPTIONS = {
@@ -764,81 +728,73 @@ def write_section(path: Path, name: str, text: str) -> None:
 
 
 GRAY = "#7d8590"  # of letters and lines: readable on white and on black
-PICTURED = (  # (measure, arm, the arm that is subtracted)
-    (SOLVED, "ScRPO, samples", "GRPO"),
-    (SOLVED, "ScRPO, questions", "GRPO"),
-    (SOLVED, "ScRPO, questions", "GRPO, G = 10"),
-    (SOLVED, "ScRPO, seconds", "GRPO"),
-    (SOLVED, "recompute: analysis", "recompute: vanilla"),
-    (SOLVED, "verdict: analysis", "verdict: vanilla"),
-    (SOLVED, "quote: analysis", "quote: vanilla"),
-    (SOLVED, "quote: no quotes", "quote: vanilla"),
-    (SOLVED, "quote: all tokens", "quote: vanilla"),
+PICTURED = (  # (arm, the arm that is subtracted)
+    ("ScRPO, samples", "GRPO"),
+    ("ScRPO, questions", "GRPO"),
+    ("ScRPO, questions", "GRPO, G = 10"),
+    ("ScRPO, seconds", "GRPO"),
+    ("recompute: analysis", "recompute: vanilla"),
+    ("verdict: analysis", "verdict: vanilla"),
+    ("quote: analysis", "quote: vanilla"),
+    ("quote: no quotes", "quote: vanilla"),
+    ("quote: all tokens", "quote: vanilla"),
 )
-CREDITS = {  # arms of each kind of analysis: (label, colour)
-    "vanilla": ("untrained", GRAY),
-    "analysis": ("credit: analysis", "tab:orange"),
-    "no quotes": ("credit: analysis without quotes", "tab:olive"),
-    "corrected solution": ("credit: corrected solution", "tab:blue"),
-    "all tokens": ("credit: all tokens", "tab:green"),
-    "random tokens": ("credit: random tokens", "tab:purple"),
-    "both signs": ("credit: analysis, both signs", "tab:red"),
+CREDITS = {  # an arm of each kind of analysis: its colour
+    "vanilla": GRAY,
+    "analysis": "tab:orange",
+    "no quotes": "tab:olive",
+    "corrected solution": "tab:blue",
+    "all tokens": "tab:green",
+    "random tokens": "tab:purple",
+    "both signs": "tab:red",
 }
 
 
-def figure_of(height: float, rows: int):
-    """(figure, axes): 900 pixels wide, transparent, with letters of 12 pixels."""
+def draw(path: Path, columns: dict[str, list[tuple]]) -> None:
+    """{title: [(label, values by seed, colour)]} -> a panel each: seeds, mean and 95 % interval.
+
+    900 pixels wide, transparent, with letters of 12 pixels.
+    """
     matplotlib.rcParams.update({
         "font.size": 9, "axes.titlesize": 9, "text.color": GRAY, "axes.labelcolor": GRAY,
         "axes.edgecolor": GRAY, "xtick.color": GRAY, "ytick.color": GRAY, "savefig.dpi": 100,
         "savefig.transparent": True, "axes.spines.top": False, "axes.spines.right": False,
     })  # fmt: skip
-    figure = Figure(figsize=(9, height), layout="constrained")
-    return figure, figure.subplots(rows, 1, squeeze=False, sharex=True)[:, 0]
+    labels = [label for label, *_ in next(iter(columns.values()))]
+    figure = Figure(figsize=(9, 0.7 + 0.27 * len(labels)), layout="constrained")
+    axes = figure.subplots(1, len(columns), squeeze=False, sharey=True)[0]
+    for axis, (title, rows) in zip(axes, columns.items()):
+        for y, (_, values, color) in enumerate(rows):
+            s = statistics(values)
+            axis.plot(values, [y + 0.2] * len(values), ".", color=color, ms=4, alpha=0.7)
+            half = np.nan_to_num(s["half"])
+            axis.errorbar(s["mean"], y - 0.1, xerr=half, fmt="o", color=color, capsize=3)
+        axis.axvline(0, color=GRAY)
+        axis.set_xlabel(title)
+        axis.set_ylim(len(labels) - 0.4, -0.6)
+        axis.grid(axis="x", color=GRAY, alpha=0.3)
+    axes[0].set_yticks(range(len(labels)), labels)
+    figure.savefig(path)
 
 
-def draw_differences(runs: pd.DataFrame, path: Path) -> None:
-    """Paired differences of PICTURED: every seed, and the mean with its 95 % interval."""
-    drawn = []
-    for measure, arm, other in PICTURED:
-        differences = paired(runs, measure, arm, other)
+def draw_all(runs: pd.DataFrame, output: Path) -> None:
+    rows = []
+    for arm, other in PICTURED:
+        differences = paired(runs, SOLVED, arm, other)
         if len(differences):
-            drawn.append((f"{arm} − {other} (n = {len(differences)})", differences))
-    figure, (axis,) = figure_of(0.8 + 0.32 * len(drawn), rows=1)
-    for y, (_, differences) in enumerate(drawn):
-        s = statistics(differences)
-        axis.plot(differences, [y + 0.18] * len(differences), ".", color=GRAY, ms=4)
-        half = np.nan_to_num(s["half"])
-        axis.errorbar(s["mean"], y - 0.1, xerr=half, fmt="o", color="tab:orange", capsize=3)
-    axis.axvline(0, color=GRAY, lw=1)
-    axis.set_yticks(range(len(drawn)), [label for label, _ in drawn])
-    axis.invert_yaxis()
-    axis.set_xlabel("difference of held-out accuracy, by seed; dots: seeds, bars: mean and 95 %")
-    figure.savefig(path)
-
-
-def draw_mechanism(runs: pd.DataFrame, path: Path) -> None:
-    """What stage 2 alone does to solving and correcting, by kind of analysis; credit by colour."""
-    figure, axes = figure_of(5.6, rows=2)
-    titles = ("held-out problems solved", "errors of the untrained policy corrected")
-    for axis, measure, title in zip(axes, (SOLVED, CORRECTED), titles):
-        axis.set_title(f"{title}, after stage 2 alone", loc="left")
-        axis.set_ylim(0, 1)
-        for offset, (credit, (label, color)) in enumerate(CREDITS.items()):
-            for place, kind in enumerate(KINDS):
+            rows.append((f"{arm} − {other}", differences, "tab:orange"))
+    draw(output / "study.png", {"difference of held-out accuracy, paired by seed": rows})
+    columns = {}
+    for measure in (SOLVED, CORRECTED):
+        rows = []
+        for kind in KINDS:
+            for credit, color in CREDITS.items():
                 values = runs.loc[runs["arm"] == f"{kind}: {credit}", measure].dropna()
-                if values.empty:
-                    continue
-                s = statistics(values)
-                x = place + 0.12 * (offset - 3)
-                axis.plot([x - 0.02] * len(values), values, ".", color=color, ms=3, alpha=0.6)
-                half = np.nan_to_num(s["half"])
-                axis.errorbar(x + 0.02, s["mean"], half, fmt="o", color=color, ms=5, capsize=3)
-    axes[-1].set_xticks(range(len(KINDS)), [f"{kind}\n{line}" for kind, line in KINDS.items()])
-    handles = [matplotlib.lines.Line2D([], [], marker="o", ls="", c=c, label=label)
-               for label, c in CREDITS.values()]  # fmt: skip
-    figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False)
-    figure.savefig(path)
+                if len(values):
+                    rows.append((f"{kind}: {credit}", values, color))
+        columns[f"{measure}, after stage 2 alone"] = rows
+    if rows:
+        draw(output / "mechanism.png", columns)
 
 
 def main() -> None:

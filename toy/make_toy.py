@@ -246,19 +246,44 @@ def read_steps(problem, solution):
     return (steps, truth) if in_form and not right else None
 
 
-def read_judgements(correction, count):
-    r"""Does the analysis call each of the `count` steps wrong? None where it says nothing of a step.
+def read_judgements(correction, steps, truth):
+    r"""(is the step wrong?, does the analysis call it wrong?) of each step; None: it does not say.
 
-    >>> read_judgements("Analysis:\nStep 1: 4+4+0=08 not 09\nStep 2: right\nCorrected Solution:\n", 3)
-    [True, False, None]
+    Left out are steps that are right or wrong only because of the carry that they were given.
+
+    >>> said = "Analysis:\nStep 1: 4+4+0=08 not 09\nStep 2: right\nCorrected Solution:\n"
+    >>> steps = [(4, 4, 0, 9), (6, 9, 1, 16), (9, 4, 1, 14)]
+    >>> read_judgements(said, steps, walk(964, 494, lambda place, fact: sum(fact)))
+    [(True, True), (False, None)]
     """
     analysis = correction.partition("Corrected Solution:")[0]
     lines = dict(re.findall(r"^Step (\d): (.*)$", analysis, re.MULTILINE))
-    said = []
-    for step in range(1, count + 1):
-        line = lines.get(str(step))
-        said.append(line and (line.endswith("wrong") or " not " in line))
-    return said
+    judgements = []
+    for n, (step, true) in enumerate(zip(steps, truth), 1):
+        is_wrong = step[-1] != true[-1]
+        if is_wrong == (step[-1] != sum(step[:3])):
+            line = lines.get(str(n))
+            judgements.append((is_wrong, line and (line.endswith("wrong") or " not " in line)))
+    return judgements
+
+
+def until_wrong_value(problem, steps, truth, where, analysis="recompute"):
+    r"""(user turn, response up to a value, the right value, the wrong one), of the first wrong step.
+
+    where: "solution", "analysis" or "corrected solution", the text that the value stands in.
+
+    >>> steps, truth = read_steps("Add 64+94 digit by digit.", "Step 1: 4+4+0=09\nStep 2: 6+9+0=15\n\\boxed{159}")
+    >>> until_wrong_value("Add 64+94 digit by digit.", steps, truth, "analysis")[1:]
+    ('Analysis:\nStep 1: 4+4+0=', '08', '09')
+    """
+    first = [step[-1] != true[-1] for step, true in zip(steps, truth)].index(True)
+    user_turn, text = solution_prompt(problem), solution_text(truth)
+    if where != "solution":
+        user_turn = correction_prompt(problem, solution_text(steps))
+        text = correction_text(truth, steps, analysis)
+    start = text.index("Corrected Solution:") if where == "corrected solution" else 0
+    value = text.index("=", text.index(f"Step {first + 1}: ", start)) + 1
+    return user_turn, text[:value], f"{truth[first][-1]:02d}", f"{steps[first][-1]:02d}"
 
 
 def demonstration(x, y, kind, teacher, rng, analysis):
