@@ -3,8 +3,8 @@
     stage 1  --- wrong responses to informative questions ---> E      Eqs. 7, 8
     stage 2  <--- the oldest B of them, as correction prompts ---     Eqs. 9, 10
 
-The variance filter, the pool and the alternating stages are the paper's (ScRPO, arXiv 2511.06065).
-[ours] marks what our sources do not state. Fork here for another rule of what is worth correcting.
+Variance filter, pool and alternating stages are the paper's (ScRPO, arXiv 2511.06065); [ours] marks
+what our sources do not state. Fork here for another rule of what is worth correcting.
 """
 
 from collections import deque
@@ -15,15 +15,16 @@ import reward
 
 
 def informative(right: float, group_size: int, min_variance: float) -> bool:
-    """Is a question with `right` of `group_size` right neither too hard nor too easy? (Eq. 7)
+    """Is a question neither too hard nor too easy? (Eq. 7)
 
-    Rewards of 0 and 1 with k ones among G have the population variance k (G - k) / G^2, at most
-    1/4. `min_variance` is tau [ours: 0.15; 0 turns the filter off].
+    Rewards of 0 and 1 with k = `right` ones among G have the population variance k (G - k) / G^2,
+    at most 1/4. `min_variance` is tau [ours: 0.15; 0: no filter]. In a fork with rewards between 0
+    and 1, `right` is their sum.
 
     >>> [k for k in range(9) if informative(k, 8, 0.15)]   # 1 * 7 < 9.6 <= 2 * 6
     [2, 3, 4, 5, 6]
     """
-    tau = Fraction(str(min_variance))  # exactly the decimal that the user wrote
+    tau = Fraction(str(min_variance))  # the decimal that was written: a float misses some edges
     return right * (group_size - right) >= tau * group_size**2  # Eq. 7
 
 
@@ -44,7 +45,7 @@ def correction_prompt(problem: str, wrong_response: str) -> str:
 
 
 def next_stage(stage: int, pool_size: int, trigger: int, batch: int) -> int:
-    """Stage of the next step: 1 is trial and error, 2 is self-correction (Eq. 9; trigger [ours]).
+    """Stage of the coming step: 1 is trial and error, 2 is self-correction (Eq. 9; trigger [ours]).
 
     >>> [next_stage(1, n, 32, 8) for n in (31, 32)]   # full: N = 32 errors
     [1, 2]
@@ -87,15 +88,15 @@ class ErrorPool:
     def add(self, problem, answer, responses, rewards, finished) -> None:
         """Keeps what Eqs. 7 and 8 let through of one group of responses.
 
-        finished  False for a response that was cut off, or whose grading failed: it shows no
-                  mistake that could be diagnosed [ours]
+        rewards   less than 1 is wrong
+        finished  False where a response was cut off, or its grading failed: no error to diagnose
         """
         if not informative(sum(rewards), len(rewards), self.min_variance):  # Eq. 7
             return
         wrong = []
-        for response, response_reward, complete in zip(responses, rewards, finished):
+        for response, its_reward, is_finished in zip(responses, rewards, finished):
             shown = reward.after_thinking(response)  # the thinking is not kept [ours]
-            if response_reward < 1 and complete and shown:
+            if its_reward < 1 and is_finished and shown:
                 wrong.append(WrongAnswer(problem, answer, shown))
         self.errors.extend(wrong[: self.errors_per_question])  # Eq. 8
 

@@ -5,6 +5,7 @@
     sampled ids ----------------> log pi_theta, entropy    token_logprobs
     Eqs. 3 to 6, 13, 14 --------> l[i,t], then -J          step_denominator, policy_loss
 
+Equation numbers are those of README's table, not of the papers.
 Shapes: B questions, G samples a group, S sequences, T loss columns, L sequence length, M loss
 tokens, D hidden size, V vocabulary. Sources: GRPO (DeepSeekMath 2402.03300), DAPO (2503.14476),
 Dr. GRPO (2503.20783), ScRPO (2511.06065); [ours] marks what none of them states.
@@ -34,7 +35,9 @@ def group_advantages(rewards: torch.Tensor, scale: str = "std") -> torch.Tensor:
 
 
 def overlong_punishment(lengths: torch.Tensor, max_length: int, cache: int) -> torch.Tensor:
-    """Added to R before Eq. 2: DAPO's eq. 13, halved, as its R is 1 or -1, ours 1 or 0 (Eq. 15).
+    """DAPO's soft overlong punishment, added to R before Eq. 2 (Eq. 15).
+
+    It is halved, because DAPO's R is 1 or -1 and ours 1 or 0. `cache` is the length of the ramp.
 
     >>> overlong_punishment(torch.tensor([10, 80, 90, 100]), max_length=100, cache=20)
     tensor([ 0.0000,  0.0000, -0.2500, -0.5000])
@@ -48,8 +51,8 @@ def analysis_mask(spans, width: int, success=None) -> torch.Tensor:
     spans    (start, end) of each correction's analysis in its tokens, None: not well-formed
     success  is R'_j = 1, for each correction; None leaves the condition out (an ablation)
 
-    A correction with R' = 1 has Â' >= 0. So in stage 2 every token that carries gradient is pushed
-    up, none down: with beta = 0 the lower clip of Eq. 5 never acts.
+    A correction with R' = 1 has Â' >= 0. So with `success` every token that carries gradient in
+    stage 2 is pushed up, and none down: with beta = 0 the lower clip of Eq. 5 never acts.
 
     >>> analysis_mask([(1, 3), (0, 2), None], 4, success=[True, False, False]).int().tolist()
     [[0, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
@@ -89,7 +92,10 @@ def clipped_surrogate(logp, old_logp, advantages, clip_low: float, clip_high: fl
 
 
 def importance_weights(old_logp: torch.Tensor, engine_logp: torch.Tensor, cap: float):
-    """w = min(C, pi_old / mu), no gradient: corrects an engine of other numerics (Eq. 14; ours).
+    """w = min(C, pi_old / mu), without gradient; C is `cap` (Eq. 14; ours to use it).
+
+    mu is the probability with which the engine sampled the token. It differs from pi_old because
+    the engine rounds differently.
 
     >>> importance_weights(torch.tensor([-1.0, -1.0]), torch.tensor([-1.1, -3.0]), cap=2.0)
     tensor([1.1052, 2.0000])
@@ -108,7 +114,7 @@ def step_denominator(lengths, reduction: str, max_length: int) -> float:
     """
     if reduction == "grpo":  # mean over samples; policy_loss divides each by its own length
         return len(lengths)
-    if reduction == "dapo":  # mean over the tokens of the step [ours]; DAPO's Eq. 8: of a group
+    if reduction == "dapo":  # mean over the tokens of the step [ours]; DAPO: of a group
         return max(1, sum(lengths))
     if reduction == "dr_grpo":  # mean over samples, each divided by the constant L_max
         return len(lengths) * max_length
@@ -127,14 +133,14 @@ def policy_loss(
     advantages   Â [S]
     mask         which tokens carry loss [S,T]: all of o_i, or in stage 2 m of Eq. 12
     weights      w of Eq. 14 [S,T], None for 1
-    denominator  `step_denominator` of the whole step. None: these samples are the whole step and
-                 L_max = T; not with "dapo" in stage 2, where the mask hides failed analyses
+    denominator  `step_denominator` of the whole optimizer step. None, for tests: these samples are
+                 the whole step, their masks show all lengths, and L_max = T
 
     Returns (loss, stats); stats are sums over the mask, without gradient: tokens, clipped, kl.
     Values outside the mask, even NaN, have no influence.
 
     >>> logp, mask = torch.zeros(2, 2, requires_grad=True), torch.tensor([[1, 1], [1, 0]])
-    >>> for reduction in REDUCTIONS:   # -Â r / (2 samples, |o_i|), / 3 tokens, / (2 samples, T)
+    >>> for reduction in REDUCTIONS:   # divided by 2 samples and |o_i|; 3 tokens; 2 samples and T
     ...     loss, stats = policy_loss(logp, logp, None, torch.tensor([3., -3.]), mask,
     ...         clip_low=0.2, clip_high=0.2, beta=0.0, reduction=reduction)
     ...     torch.autograd.grad(loss, logp)[0].round(decimals=2).tolist()
@@ -181,7 +187,8 @@ def token_logprobs(
 ):
     """log pi(token | all tokens before it) at the sampling temperature, and the policy's entropy.
 
-    model           a Hugging Face causal language model; without autocast, unseen by backward
+    model           a Hugging Face causal language model; not under autocast, because the custom
+                    backward pass below would not see it
     input_ids       prompt + completion [S,L], padded on the *right*, where attention_mask is 0
     first           position of the first loss token [S], at least 1; all after it count
     chunk           positions whose logits exist at the same time
@@ -195,7 +202,7 @@ def token_logprobs(
         hidden [S,L]  . x x x .     targets [M]  2 3 4 | 3      logp [S,T]  2 3 4
                       . . x . .                                             3 0 0
     """
-    # Without an attention mask attention is causal and fast; no token looks at the padding behind.
+    # Without a mask attention is causal and fast; no token attends to the padding after it.
     hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # [S,L,D]
     end = attention_mask.sum(dim=1)  # [S]
     position = torch.arange(input_ids.shape[1] - 1, device=input_ids.device)  # p predicts p + 1
@@ -280,17 +287,18 @@ def chunk_logprobs(hidden, targets, weight, bias, temperature: float, vocabulary
     """log p of the targets, log Z, and the entropy of p, [chunk] each."""
     logits = scaled_logits(hidden, weight, bias, temperature, vocabulary)  # [chunk,V]
     top = logits.amax(dim=1, keepdim=True)
-    probs = torch.exp(logits.sub_(top))  # in place, so that there are two [chunk,V], not three
-    z = probs.sum(dim=1)
-    logp = logits.gather(1, targets[:, None]).squeeze(1) - z.log()
-    entropy = z.log() - probs.mul_(logits).sum(dim=1) / z  # -sum_v p log p
+    shifted = logits.sub_(top)  # in place, so that there are two [chunk,V], not three
+    exp = torch.exp(shifted)
+    z = exp.sum(dim=1)
+    logp = shifted.gather(1, targets[:, None]).squeeze(1) - z.log()
+    entropy = z.log() - exp.mul_(shifted).sum(dim=1) / z  # -sum_v p log p
     return logp, top.squeeze(1) + z.log(), entropy
 
 
 def chunk_gradient(
     grad_logp, log_z, hidden, targets, weight, bias, temperature: float, vocabulary: int
 ):
-    """g (1[v = target] - p_v) / temperature [chunk,V]; for a bias its sum over the chunk [V]."""
+    """grad_logp (1[v = target] - p_v) / temperature [chunk,V]; for a bias its sum [V]."""
     grad = grad_logp[:, None] / temperature
     logits = scaled_logits(hidden, weight, bias, temperature, vocabulary)
     probs = logits.sub_(log_z[:, None]).exp_()

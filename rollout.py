@@ -1,8 +1,8 @@
 """Problems -> prompts -> samples -> graded groups, on all ranks together, by one of two engines.
 
 1. Task b is the work of rank b mod world. Every rank returns all groups, in the order of the tasks.
-2. A sample is a function of the weights and of its place (run seed, step, question, sample), so
-   neither ranks nor batches change it.
+2. A sample is a function of the weights and of its place (run seed, step, question, sample). Ranks
+   and batches change nothing but the rounding of logits.
 3. The trainer gets the sampled ids themselves (decoding and encoding again would not return them)
    and log mu of each, under the distribution that it was drawn from.
 
@@ -26,9 +26,10 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from decimal import Decimal
 from functools import lru_cache, partial
+from inspect import signature
 from itertools import chain, count
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple, NoReturn, Optional
 
 PARENT = os.getppid()  # torchrun, if it started us; noted before the slow imports that follow
 
@@ -38,7 +39,7 @@ import torch.distributed as dist
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_utils import AttentionInterface
 from transformers.utils.logging import disable_progress_bar
@@ -46,7 +47,7 @@ from transformers.utils.logging import disable_progress_bar
 import error_pool
 import reward
 
-# -------------------------------------------------------------------------------------- what is drawn
+# -------------------------------------------------------------------------- tasks, samples, groups
 
 
 @dataclass
@@ -56,7 +57,7 @@ class Task:
     problem: str
     answer: str  # the gold final answer
     prompt: list[int]
-    question: int  # its place among the step's questions; in an evaluation its number in the file
+    question: int  # its number in the step, or in an evaluation's file: it decides the seeds
     corrects: Optional[int] = None  # in an evaluation: the sample that this asks to correct
 
 
@@ -66,10 +67,10 @@ class Sample:
 
     token_ids: list[int]  # as sampled; the end-of-turn id is the last one iff `finished`
     logprobs: list[float]  # log mu of each, at the sampling temperature
-    text: str  # without what ends it; begins with `<think>` if the prompt ended with it
+    text: str  # without the end-of-turn token; begins with `<think>` if the prompt ended with it
     finished: bool  # False: cut off at max_new_tokens
     verdict: str = ""  # "right", "wrong" or "ungradable"
-    reward: float = 0.0  # R of Eq. 1, R' of Eq. 11; a fork may give any number from 0 to 1
+    reward: float = 0.0  # R, Eq. 1, or R', Eq. 11; in a fork any number from 0 to 1 (1: right)
     analysis: Optional[tuple[int, int]] = None  # of a correction: (start, end) in token_ids
     solution: Optional[str] = None  # of a correction: what is graded; "" if not well-formed
 
@@ -100,7 +101,7 @@ class Problem:
 PROBLEM_FIELDS = ("problem", "question", "prompt")
 ANSWER_FIELDS = (
     "answer", "final_answer", "expected_answer", "ground_truth", "reward_model", "solution",
-)  # fmt: skip
+)
 NO_ANSWER = ("proof", "notfound")  # in NuminaMath's words
 
 
@@ -148,7 +149,7 @@ def read_rows(source: str):
         if os.path.isfile(source) or re.search(r"\.(jsonl?|csv|txt|gz)$", source):
             # Not by pandas: where a row lacks a field, it makes floats of the other rows' integers.
             text = Path(source).read_text(encoding="utf-8-sig")
-            if not text.lstrip().startswith("["):  # a row a line, and errors name the line
+            if not text.lstrip().startswith("["):  # a row a line, which an error then names
                 text = "[" + ",\n".join(filter(str.strip, text.split("\n"))) + "]"
             return json.loads(text)
         from datasets import load_dataset
@@ -288,14 +289,11 @@ def needed_context(longest_prompt: int, template: int, max_new_tokens: int, limi
     return min(limit, longest_prompt + template + 2 * max_new_tokens)
 
 
-def to_text(tokenizer, prompt: list[int], token_ids: list[int], finished=False) -> str:
-    """What a response says, without the id that ends it if it is `finished`.
+def to_text(tokenizer, prompt: list[int], token_ids: list[int]) -> str:
+    """What a response says; R1-Distill's template ends the prompt with `<think>`: it is put back.
 
-    R1-Distill's template ends the prompt with `<think>`: it is put back. Special tokens are not
-    skipped: where the marks of thinking are special, graders would miss them.
+    Not `skip_special_tokens`: where the marks of thinking are special, graders would miss them.
     """
-    if finished:
-        token_ids = token_ids[:-1]
     silent = (tokenizer.eos_token_id, tokenizer.pad_token_id)
     text = tokenizer.decode([token for token in token_ids if token not in silent])
     end_of_prompt = tokenizer.decode(prompt[-20:]).rstrip()  # longer than any mark in bytes
@@ -303,6 +301,14 @@ def to_text(tokenizer, prompt: list[int], token_ids: list[int], finished=False) 
         if end_of_prompt.endswith(mark):
             text = f"{mark}\n{text}"
     return text
+
+
+def fill_text(tokenizer, prompt: list[int], sample: Sample) -> None:
+    """The text of what an engine drew, without the id that ended it."""
+    said = sample.token_ids
+    if sample.finished:
+        said = said[:-1]
+    sample.text = to_text(tokenizer, prompt, said)
 
 
 def stop_ids(model, tokenizer) -> set[int]:
@@ -399,22 +405,18 @@ class RoomyLayer(DynamicLayer):
 
     def update(self, key_states, value_states, *args, **kwargs):
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.keys = key_states[:, :, :0].clone()
-            self.values = value_states[:, :, :0].clone()
+            return super().update(key_states, value_states)
         self.keys = append_columns(self.keys, key_states)
         self.values = append_columns(self.values, value_states)
         return self.keys, self.values
 
 
 def append_columns(used, new):
-    """[R,K,C,D] and [R,K,t,D] -> [R,K,C+t,D]: in the tensor that `used` is a part of, if it is
-    large enough, else in a new one."""
-    room = used if used._base is None else used._base
+    """[R,K,C,D] and [R,K,t,D] -> [R,K,C+t,D], a part of a tensor with room for more columns."""
     end = used.shape[2] + new.shape[2]
-    if end > room.shape[2]:
-        rows, heads, width, size = new.shape
-        room = torch.cat((used, new.new_empty(rows, heads, width + 32, size)), dim=2)
+    room = used._base  # what `used` is a part of; None if it is whole
+    if room is None or end > room.shape[2]:
+        room = torch.cat((used, F.pad(new, (0, 0, 0, 32))), dim=2)
     room[:, :, used.shape[2] : end] = new
     return room[:, :, :end]
 
@@ -444,6 +446,7 @@ class TransformersEngine:
         self.tokenizer = tokenizer
         self.max_context = max_context
         self.stop = stop_ids(model, tokenizer)
+        self.takes_positions = "position_ids" in signature(model.forward).parameters  # BART: no
         self.grouped = False
         one = torch.ones(1, 1, dtype=torch.long, device=model.device)
         with torch.no_grad():
@@ -487,11 +490,15 @@ class TransformersEngine:
                 in_memory = self.cache_tokens // (width + max_new_tokens)
                 prefilled = n * (self.prefill_tokens // width)
                 size = max(1, min(self.max_rows, in_memory, prefilled))
+                if not self.takes_positions:  # padding on the left would shift its own
+                    size = min(size, sum(len(row.prompt) == width for row in waiting))
                 self.decode(waiting[:size], max_new_tokens, sampling, progress)
                 waiting = waiting[size:]
-        for prompt, _, s in rows:
-            s.text = to_text(self.tokenizer, prompt, s.token_ids, s.finished)
-        return [[row.sample for row in rows[b * n : (b + 1) * n]] for b in range(len(prompts))]
+        samples = []
+        for prompt, _, sample in rows:
+            fill_text(self.tokenizer, prompt, sample)
+            samples.append(sample)
+        return [samples[first : first + n] for first in range(0, len(samples), n)]
 
     def decode(self, rows: list[Row], max_new_tokens: int, sampling: dict, progress) -> None:
         """Draws the samples of these rows, a token each at a time."""
@@ -523,7 +530,7 @@ class TransformersEngine:
             logits, _ = self.forward(ids[:, None], mask, cache)
 
     def prefill(self, prompts: list[tuple]):
-        """[R] prompts, of which each goes through the model once -> logits [R,V], mask [R,C], cache.
+        """The prompts [R], each of them through the model once -> logits [R,V], mask [R,C], cache.
 
         They are padded on the left, so that all rows grow by the same column.
         """
@@ -531,7 +538,7 @@ class TransformersEngine:
         distinct = list(dict.fromkeys(prompts))
         places = torch.tensor([distinct.index(prompt) for prompt in prompts], device=device)
         ids = pad_sequence([torch.tensor(prompt) for prompt in distinct], batch_first=True,
-                           padding_value=-1, padding_side="left").to(device)  # fmt: skip
+                           padding_value=-1, padding_side="left").to(device)
         mask = ids >= 0
         logits, cache = self.forward(ids.clamp(min=0), mask)
         cache.reorder_cache(places)
@@ -553,7 +560,7 @@ class TransformersEngine:
             columns = mask[:, None, None]
         try:
             out = self.model(input_ids=ids, attention_mask=columns, position_ids=position,
-                             past_key_values=cache, use_cache=True, logits_to_keep=1)  # fmt: skip
+                             past_key_values=cache, use_cache=True, logits_to_keep=1)
         finally:
             config._attn_implementation = own
         return out.logits[:, -1], out.past_key_values
@@ -567,14 +574,12 @@ def trainer_state():
     """Puts back what importing and building vLLM changes for the trainer, in the same process."""
     set_num_threads = torch.set_num_threads  # vLLM's CPU build makes it do nothing
     threads = torch.get_num_threads()
-    precision = torch.get_float32_matmul_precision()
     cudnn = torch.backends.cuda.cudnn_sdp_enabled()  # the fastest attention on Hopper
     try:
         yield
     finally:
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision(precision)
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
 
 
@@ -601,7 +606,7 @@ class VLLMEngine:
         if self.cuda and len(self.forbidden) > 1024:  # more its GPU sampler refuses, in mid-step
             raise ValueError(f"--model {model_path}: {len(self.forbidden):,} rows of its embedding "
                              "have no token, and vLLM can forbid 1,024 ids; take a checkpoint that "
-                             "is padded less, or --rollout transformers")  # fmt: skip
+                             "is padded less, or --rollout transformers")
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # else it gets a process of its own
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -610,10 +615,12 @@ class VLLMEngine:
         reload = "vllm.model_executor.model_loader.reload.layerwise"
         silence(reload, "RotaryEmbedding: Failed to load weights")  # at every push; it has none
         silence("vllm.engine.arg_utils", "The global random seed is set")  # which nobody uses
+        executor = "uni"
+        if "RANK" in os.environ:  # "uni" would put every rank on cuda:0, this one reads LOCAL_RANK
+            executor = "external_launcher"
         settings = dict(
             skip_tokenizer_init=True,
-            # takes torchrun's LOCAL_RANK for the device; the plain one puts every rank on cuda:0
-            distributed_executor_backend="external_launcher" if "RANK" in os.environ else "uni",
+            distributed_executor_backend=executor,
             dtype=str(model.dtype).removeprefix("torch."),
             max_model_len=max_context,
             max_num_batched_tokens=8192,  # what is longer is prefilled in chunks
@@ -625,9 +632,9 @@ class VLLMEngine:
         if not self.cuda:  # for tests. Its sampler fails when a seeded prompt is cut into chunks
             settings |= dict(enforce_eager=True, kv_cache_memory_bytes=1 << 28,
                              enable_chunked_prefill=False,
-                             max_num_batched_tokens=max(8192, max_context))  # fmt: skip
-        warn("vLLM starts, on a GPU in about two minutes; machines of different kinds that share a "
-             "home folder need a VLLM_CACHE_ROOT each", kind="note")  # fmt: skip
+                             max_num_batched_tokens=max(8192, max_context))
+        warn("vLLM starts, which takes about two minutes on a GPU; machines of different kinds "
+             "with one home folder need a VLLM_CACHE_ROOT each", kind="note")
         try:
             with trainer_state():
                 from vllm import LLM, SamplingParams
@@ -655,7 +662,7 @@ class VLLMEngine:
         self.fresh = self.llm.reset_prefix_cache()
         if not self.fresh:
             raise RuntimeError("vLLM kept keys and values of the old weights, which happens if a "
-                               "generate() was broken off; go on with --resume")  # fmt: skip
+                               "generate() was broken off; go on with --resume")
 
     def sleep(self) -> None:
         """CUDA: gives its memory to the update, weights included: the next push brings them."""
@@ -677,21 +684,22 @@ class VLLMEngine:
             raise RuntimeError("generate() after sleep() needs update_weights() first")
         sampling = dict(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens,
                         stop_token_ids=self.stop, logit_bias=self.forbidden or None,
-                        logprobs=0, flat_logprobs=True, detokenize=False)  # fmt: skip
+                        logprobs=0, flat_logprobs=True, detokenize=False)
         requests = []
         parameters = []
         for prompt, row_seeds in zip(prompts, seeds, strict=True):
-            requests += [{"prompt_token_ids": prompt}] * n
-            parameters += [self.parameters(seed=seed, **sampling) for seed in row_seeds]
+            for seed in row_seeds:
+                requests.append({"prompt_token_ids": prompt})
+                parameters.append(self.parameters(seed=seed, **sampling))
         samples = []
         outputs = self.llm.generate(requests, parameters, use_tqdm=bar)
         for request, output in zip(requests, outputs, strict=True):
             (out,) = output.outputs
-            ids = list(out.token_ids)
             finished = out.finish_reason == "stop"
-            text = to_text(self.tokenizer, request["prompt_token_ids"], ids, finished)
-            samples.append(Sample(ids, list(out.logprobs.logprobs), text, finished))
-        return [samples[b * n : (b + 1) * n] for b in range(len(prompts))]
+            sample = Sample(list(out.token_ids), list(out.logprobs.logprobs), "", finished)
+            fill_text(self.tokenizer, request["prompt_token_ids"], sample)
+            samples.append(sample)
+        return [samples[first : first + n] for first in range(0, len(samples), n)]
 
 
 # -------------------------------------------------------------------------------- model and engine
@@ -714,23 +722,20 @@ def load_policy(source: str, dtype, device):
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows or not tokenizer.tokenize("1+1"):
         raise ValueError(f"--model {source}: its tokenizer has {len(tokenizer)} ids, its embedding "
-                         f"{rows} rows; take the right one, or resize the other")  # fmt: skip
+                         f"{rows} rows; take the right one, or resize the other")
     return model.to(device).eval(), tokenizer
 
 
-def check_context(model, max_context: int) -> None:
-    """ValueError where sequences may pass the positions of the model.
+def context_limit(config, tokenizer) -> int:
+    """The longest sequence that a model of this configuration takes.
 
-    With LongRoPE those are the pretraining's: beyond them, one long row changes the frequencies of
-    its whole batch (transformers#33129), and log p of a row would depend on its company.
+    With LongRoPE that is the pretraining's: beyond it, one long row changes the frequencies of its
+    whole batch (transformers#33129), and log p of a row would depend on its company.
     """
-    positions = getattr(model.config, "max_position_embeddings", None)
-    rope = getattr(model.config, "rope_parameters", None) or {}
+    rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
-        positions = rope["original_max_position_embeddings"]
-    if positions and max_context > positions:
-        raise ValueError(f"a context of {max_context:,} tokens passes the {positions:,} positions "
-                         "of --model; lower --max_context or --max_new_tokens")  # fmt: skip
+        return rope["original_max_position_embeddings"]
+    return getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
 
 
 def make_engine(kind: str, model, tokenizer, *, max_context: int, **options):
@@ -739,7 +744,10 @@ def make_engine(kind: str, model, tokenizer, *, max_context: int, **options):
     `options` are memory_share and model_path, where the checkpoint of `model` is. ValueError, one
     line, if the engine cannot be had.
     """
-    check_context(model, max_context)
+    limit = context_limit(model.config, tokenizer)
+    if max_context > limit:
+        raise ValueError(f"a context of {max_context:,} tokens passes the {limit:,} positions "
+                         "of --model; lower --max_context or --max_new_tokens")
     why = "as --rollout says"
     if kind == "auto":
         kind = "transformers"
@@ -755,9 +763,11 @@ def make_engine(kind: str, model, tokenizer, *, max_context: int, **options):
     else:
         try:
             engine = TransformersEngine(model, tokenizer, **options)
-        except Exception as error:  # what a model without the library's cache raises is its own
-            raise ValueError(f"--rollout transformers cannot be had for --model: {error}; try "
-                             "--rollout vllm, or another model") from error  # fmt: skip
+        except ValueError:
+            raise
+        except Exception as error:  # a model without the library's cache raises what it likes
+            raise ValueError("--rollout transformers cannot be had: --model is no causal model "
+                             f"with the library's cache ({error})") from error
     engine.why = why
     return engine
 
@@ -796,9 +806,10 @@ def fitting(tasks: list[Task], max_new_tokens: int, max_context: int, source: st
 def sample_groups(
     engine, tokenizer, grader, tasks: list[Task], samples: range, *,
     seed: int, step=0, temperature, top_p=1.0, max_new_tokens, span: Optional[str] = None,
-) -> list[Group]:  # fmt: skip
-    """Samples number `samples`, a range, of each task, graded; every rank returns all, in order.
+) -> list[Group]:
+    """Draws and grades samples of each task; every rank returns all groups, in the tasks' order.
 
+    samples which ones: a range of their numbers, which decide their seeds
     span    None: the samples are answers (Eq. 1); "sections" or "prefix": corrections (Eqs. 11, 12)
     step    of training, 0 in an evaluation; with the run's `seed` it decides all randomness
     grader  None: the samples get no verdicts
@@ -813,7 +824,7 @@ def sample_groups(
         [task.prompt for task in mine], len(samples), temperature=temperature, top_p=top_p,
         max_new_tokens=max_new_tokens, seeds=[seeds_of(task) for task in mine],
         bar=partial(tqdm, unit="sample", leave=False, delay=5, disable=rank > 0),
-    )  # fmt: skip
+    )
     groups = [Group(**vars(task), samples=row) for task, row in zip(mine, drawn)]
     grade_groups(grader, tokenizer, groups, span)
     return interleave(gather([groups]))
@@ -857,7 +868,8 @@ def grade_groups(grader, tokenizer, groups: list[Group], span: Optional[str]) ->
 def find_sections(sample: Sample, tokenizer, span: str) -> None:
     """Notes a correction's analysis and solution; without both sections it is wrong (Eq. 11)."""
     sample.solution = ""
-    if not reward.after_thinking(sample.text):  # thinking that never ends holds no correction
+    # The ids lack the `<think>` of the prompt, so only the text shows thinking that never ends.
+    if not reward.after_thinking(sample.text):
         return
     correction = reward.find_correction(sample.token_ids, tokenizer, span)
     if correction is not None:
@@ -881,10 +893,11 @@ def output_folder(name: str) -> Path:
     if not name.strip():
         raise ValueError("the name of the output folder is empty: is a shell variable unset?")
     folder = Path(name).expanduser()
-    if folder.exists() and not (folder / "settings.json").exists():
-        foreign = [path.name for path in folder.glob("[!.]*")]
-        if foreign:
-            raise ValueError(f"{folder} holds {min(foreign)} and no run; name a new folder")
+    settings = folder / "settings.json"
+    ours = settings.exists() and '"model"' in settings.read_text()
+    foreign = sorted(path.name for path in folder.glob("[!.]*"))  # none where there is no folder
+    if foreign and not ours:
+        raise ValueError(f"{folder} holds {foreign[0]} and no run; name a new folder")
     return folder
 
 
@@ -906,16 +919,24 @@ def lock_folder(folder: Path, settings: dict, free=frozenset()):
     for name in settings.keys() & stored.keys() - free:
         if stored[name] != settings[name]:
             raise ValueError(f"{folder} was begun with {name} {stored[name]!r:.80}, "
-                             f"not {settings[name]!r:.80}; name another")  # fmt: skip
+                             f"not {settings[name]!r:.80}; name another")
     if rank == 0:
-        part = file.with_suffix(".part")
+        part = folder / ".settings"  # a name with a dot: after a kill the folder counts as empty
         part.write_text(json.dumps(stored | settings, indent=1))
         part.replace(file)
     return lock
 
 
-def weights_digest(source: str):
-    return "temporary"
+def weights_digest(source: str) -> list[str] | str | None:
+    """What changes with a model's weights: digests of its folder's files, or its hub commit."""
+    if not os.path.isdir(source):
+        return getattr(AutoConfig.from_pretrained(source), "_commit_hash", None)
+    digests = []
+    for pattern in ("*.safetensors", "*.bin", "*.json"):
+        for path in sorted(Path(source).glob(pattern)):
+            with open(path, "rb") as file:
+                digests.append(hashlib.file_digest(file, "sha256").hexdigest()[:12])
+    return digests
 
 
 def start_distributed() -> tuple[int, int, torch.device]:
@@ -937,6 +958,8 @@ def start_distributed() -> tuple[int, int, torch.device]:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
+    elif torch.version.cuda:
+        warn("torch is built for CUDA and sees no GPU, so the CPU computes; is the driver too old?")
     if "RANK" in os.environ:
         store, _, _ = next(dist.rendezvous("env://"))
         # torchrun's store outlives the process group, so each start gets keys of its own.
@@ -953,7 +976,7 @@ def start_distributed() -> tuple[int, int, torch.device]:
 
 
 def end_with_torchrun() -> None:
-    """Asks Linux to end this process when torchrun dies: it would hold its GPU to the run's end.
+    """Asks Linux to end this process when torchrun dies; else it would keep its GPU until the end.
 
     Only under torchrun: a plain `nohup python train.py &` must survive its shell.
     """
@@ -981,7 +1004,7 @@ def warn(message, kind: str = "warning") -> None:
         tqdm.write(f"{kind}: {line}", file=sys.stderr)
 
 
-def fail(message, code: int = 2) -> None:
+def fail(message, code: int = 2) -> NoReturn:
     """One line from rank 0, then exit code 2 on all ranks.
 
     torchrun ends all ranks with the first that ends. So the others wait until rank 0 has spoken,

@@ -26,7 +26,7 @@ How it stays simple at any size:
    Everything after it but the forward passes is the same pure computation on every rank: the pool,
    the denominators, and which rank trains on which samples.
 2. All randomness is a function of (seed, step, question, sample), never of a generator's history.
-   So batches and restarts change nothing, and a checkpoint needs no random state.
+   So a checkpoint needs no random state, and batches and ranks change no random number.
 3. Loss tokens are counted over the whole optimizer step before the first micro-batch. Sums are
    divided by that count and multiplied by the number of ranks, because DDP averages. With a mean
    per micro-batch, a token in a small micro-batch would weigh more than one in a large one.
@@ -93,8 +93,8 @@ class Config:
     # What is trained, on what
     model: Optional[str] = flag(None, "folder or hub id of a Hugging Face causal language model")
     train_data: Optional[str] = flag(None, "file of problems, or hub dataset as id:config:split")
-    eval_data: Optional[str] = flag(None, "held-out problems, likewise; without: no evaluation")
-    output_dir: Optional[str] = flag(None, "folder of all results; without: a fresh runs/NNN")
+    eval_data: Optional[str] = flag(None, "held-out problems, likewise; default: no evaluation")
+    output_dir: Optional[str] = flag(None, "folder of all results; default: a fresh runs/NNN")
     resume: bool = flag(False, "continue from the newest whole checkpoint in output_dir, if any")
     seed: int = flag(0, "all randomness is a function of (seed, step, question, sample)")
     # The algorithm
@@ -102,12 +102,12 @@ class Config:
     steps: int = flag(500, "rollouts of either stage [ours] (TRL: max_steps / updates_per_rollout)")
     questions_per_step: int = flag(16, "B; 16: Dr. GRPO (TRL: generation_batch_size / G)")
     group_size: int = flag(8, "G, samples a question; 8: Dr. GRPO (TRL: num_generations)")
-    max_new_tokens: int = flag(3000, "and L_max; 3000: Dr. GRPO (TRL: max_completion_length)")
+    max_new_tokens: int = flag(3000, "of a response; 3000: Dr. GRPO (TRL: max_completion_length)")
     temperature: float = flag(1.0, "of sampling and of log p; 1: R1, DAPO (TRL: temperature)")
     updates_per_rollout: int = flag(1, "optimizer steps on a rollout's samples; 1: DeepSeekMath")
     scale: Literal["std", "none"] = flag("std", "Eq. 2; none: Dr. GRPO (TRL: scale_rewards)")
     clip_low: float = flag(0.2, "Eq. 5's lower clip; 0.2 is usual with GRPO (TRL: epsilon)")
-    clip_high: Optional[float] = flag(None, "without: 0.2, with dapo 0.28 (TRL: epsilon_high)")
+    clip_high: Optional[float] = flag(None, "default: 0.2, with dapo 0.28 (TRL: epsilon_high)")
     beta: float = flag(0.0, "Eq. 5's KL weight; DeepSeekMath 0.04, R1 0.001, DAPO 0 (TRL: beta)")
     reduction: Optional[Literal[loss.REDUCTIONS]] = flag(None, "Eq. 6's mean (TRL: loss_type)")
     importance_cap: float = flag(2.0, "Eq. 14; 0: off (TRL: vllm_importance_sampling_clip_max)")
@@ -116,11 +116,11 @@ class Config:
     min_variance: float = flag(0.15, "tau of Eq. 7; 0: no filter [ours: 2 to 6 right of 8]")
     errors_per_question: int = flag(1, "Eq. 8: most errors kept of a group [ours]")
     train_stages: Literal["both", "1", "2"] = flag("both", "ablation; both are sampled anyway")
-    success_conditioned: bool = flag(True, "Eq. 12; false (ablation): failed ones carry Â too")
+    success_conditioned: bool = flag(True, "Eq. 12; false: an ablation, failed ones too")
     credit: Literal["analysis", "response"] = flag("analysis", "Eq. 12; response: an ablation")
-    analysis_span: Literal["sections", "prefix"] = flag("sections", "prefix: till the solution")
+    analysis_span: Literal["sections", "prefix"] = flag("sections", "prefix: to the solution")
     # DAPO's own
-    dynamic_sampling: Optional[int] = flag(None, "rounds of drawing; without: 1, dapo 4 [ours]")
+    dynamic_sampling: Optional[int] = flag(None, "rounds of drawing; default: 1, dapo 4 [ours]")
     overlong_cache: Optional[int] = flag(None, "Eq. 15: tokens of the ramp; with dapo L_max / 5")
     # Optimizer
     learning_rate: float = flag(1e-6, "AdamW's; 1e-6: DeepSeekMath, DAPO (TRL: learning_rate)")
@@ -131,14 +131,14 @@ class Config:
     # Machine
     rollout: Literal["auto", "vllm", "transformers"] = flag("auto", "the engine (TRL: use_vllm)")
     precision: Literal["auto", "fp32", "bf16"] = flag("auto", "auto: bf16 on a GPU (TRL: bf16)")
-    micro_batch_tokens: Optional[int] = flag(None, "of a forward pass; without: by model size")
+    micro_batch_tokens: Optional[int] = flag(None, "of a forward pass; default: by model size")
     logprob_chunk: int = flag(1024, "positions whose logits exist at the same time")
     gradient_checkpointing: bool = flag(False, "compute activations twice (TRL: the same)")
     compile: bool = flag(False, "faster on a GPU, after two minutes (TRL: torch_compile)")
-    max_context: Optional[int] = flag(None, "without: by need (TRL: vllm_max_model_length)")
+    max_context: Optional[int] = flag(None, "default: by need (TRL: vllm_max_model_length)")
     memory_share: float = flag(0.3, "the engine's (TRL, vLLM: vllm_gpu_memory_utilization)")
     # What is written, and when
-    eval_every: int = flag(50, "steps between evaluations; 0: first and last (TRL: eval_steps)")
+    eval_every: int = flag(50, "steps between evaluations; 0: both ends only (TRL: eval_steps)")
     eval_questions: int = flag(512, "held-out problems of an evaluation, from the top; 0: none")
     save_every: int = flag(20, "steps between checkpoints; two are kept (TRL: save_steps)")
 
@@ -204,7 +204,7 @@ def fill_in(config: Config) -> None:
 
 
 def check(config: Config) -> None:
-    """ValueError, one line, for what the method or the arithmetic rules out."""
+    """ValueError, one line, if settings contradict each other or the method."""
     c = config
     for name, value in asdict(c).items():
         least = 2 if name == "group_size" else int(name in AT_LEAST_ONE)
@@ -289,9 +289,9 @@ class Run:
         """SIGTERM or Ctrl-C: the step is finished and saved, then the run ends."""
         self.signalled = True
         self.exit_code = 130 if number == signal.SIGINT else 0
-        with suppress(RuntimeError):  # the signal may have come in the middle of another line
-            self.say(f"{signal.Signals(number).name}: waiting until step {self.state.step + 1} is "
-                     "finished and saved (torchrun: for --shutdown-timeout, 30 s by default)")
+        with suppress(RuntimeError):  # it may have come in the middle of another line
+            warn(f"{signal.Signals(number).name}: the current step is finished and saved first; "
+                 "torchrun leaves it the time of --shutdown-timeout, 30 s by default")
 
 
 def train(run: Run) -> None:
@@ -402,7 +402,7 @@ def self_correction(run: Run, step: int) -> tuple[list[Group], list["Example"], 
     """Stage 2: B errors -> x' (Eq. 10) -> G corrections each -> R' (Eq. 11) -> Â', m (Eq. 12)."""
     config = run.config
     tasks = take_errors(run)
-    if not tasks:
+    if not tasks:  # none fitted the context
         return [], [], {"correction_success": None, "well_formed": None}
     groups = draw_samples(run, step, tasks, span=config.analysis_span)
     rewards = torch.tensor([group.rewards for group in groups])  # R', Eq. 11 [B,G]
@@ -428,7 +428,7 @@ def self_correction(run: Run, step: int) -> tuple[list[Group], list["Example"], 
 
 
 def take_errors(run: Run) -> list[Task]:
-    """The B oldest errors of E as correction tasks, without those that do not fit the context."""
+    """Takes errors off E, oldest first, until B fit the context; the others are lost, counted."""
     config = run.config
     tasks = []
     while len(tasks) < config.questions_per_step and len(run.pool) > 0:
@@ -468,8 +468,8 @@ def draw_questions(run: Run, step: int) -> tuple[list[Group], int]:
                 discarded.append(group)
         if len(kept) == B:
             break
-    used = len(discarded) - (B - len(kept))
-    return kept + discarded[used:], used
+    left_out = len(discarded) - (B - len(kept))  # all but what fills the step
+    return kept + discarded[left_out:], left_out
 
 
 def question_order(seed: int, count: int, start: int, n: int) -> list[int]:
@@ -540,7 +540,7 @@ def own_errors(run: Run, answers: list[Group]) -> list[Task]:
     for group in answers:
         (sample,) = group.samples
         shown = reward.after_thinking(sample.text)
-        if sample.verdict == "right" or not sample.finished or not shown:
+        if sample.verdict != "wrong" or not sample.finished or not shown:
             continue
         task = rollout.correction_task(
             run.tokenizer, group.problem, group.answer, shown, group.question, corrects=0
@@ -673,11 +673,12 @@ class Minibatch:
 def make_minibatches(config: Config, groups, examples, device) -> list[Minibatch]:
     """Cuts a rollout by group into `updates_per_rollout` optimizer steps, each shared by all ranks.
 
-    The denominators count every sample; what carries no gradient is left out only then.
+    The denominators count every sample; samples without gradient are dropped afterwards.
     """
     minibatches = []
     updates = config.updates_per_rollout
     for u in range(updates):
+        # Groups 0, 1, ... in `updates` equal parts, one after another.
         part = [e for e in examples if e.group * updates // len(groups) == u]
         lengths = [e.denominator_tokens for e in part]
         denominator = loss.step_denominator(lengths, config.reduction, config.max_new_tokens)
@@ -707,12 +708,14 @@ class Policy(torch.nn.Module):
 
 def update(policy, reference, optimizer, config: Config, step: int, groups, examples) -> dict:
     """Ascends J_1 (Eq. 6) or J_2 (Eq. 13) in `updates_per_rollout` optimizer steps."""
-    # Transformers checkpoints activations only in training mode, and the engine has left it.
+    # DDP > Policy > model. Evaluation mode, unless activations are checkpointed: Transformers does
+    # that in training mode only, which the engine has left.
     policy.train(policy.module.model.is_gradient_checkpointing)
     device = next(policy.parameters()).device
     minibatches = make_minibatches(config, groups, examples, device)
-    # pi_old is the policy before the first of these optimizer steps, which gets it for nothing.
-    # Before the later ones the weights will have moved, so their log pi_old is computed now.
+    # pi_old is the policy before the first of these optimizer steps. That one needs no extra pass:
+    # its log pi_old is log pi_theta, detached. Before the later ones the weights will have moved,
+    # so theirs is computed now.
     with torch.no_grad():
         for minibatch in minibatches[1:]:
             for batch in filter(None, minibatch.micro_batches):
@@ -721,8 +724,8 @@ def update(policy, reference, optimizer, config: Config, step: int, groups, exam
     norms = []
     empty_updates = 0
     for minibatch in minibatches:
-        # All ranks have equally many micro-batches, so they all skip this step or none does: it
-        # would let Adam's momentum move the weights without a gradient.
+        # A step without a gradient is skipped, or Adam's momentum would move the weights. All
+        # ranks have equally many micro-batches, so all of them skip it.
         if not minibatch.micro_batches:
             empty_updates += 1
             continue
@@ -825,7 +828,8 @@ def compile_layers(model, recompute: bool) -> None:
     """Fuses what stands between a layer's matrix products into few kernels [ours].
 
     With `recompute`, as with gradient checkpointing, backward computes a layer's activations again,
-    but keeps attention's output: it is small and slow to compute. Uncompiled, that does not pay.
+    but for attention's output, which is small and slow to compute. Such a choice pays only here,
+    where layers are compiled.
     """
 
     def choose(_, operation, *args, **kwargs):
@@ -833,6 +837,7 @@ def compile_layers(model, recompute: bool) -> None:
             return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE
 
+    rollout.silence("torch._higher_order_ops.wrap", "context_fn")  # it is meant
     contexts = partial(create_selective_checkpoint_contexts, choose)
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
@@ -881,7 +886,7 @@ class MasterAdamW:
             grad = self.params[i].grad
             if master.grad is None and grad is not None:
                 master.grad = grad.float()
-            elif grad is not None:  # else it is frozen
+            elif grad is not None:  # None: frozen by try_model
                 master.grad += grad
         for p in self.params:
             p.grad = None
@@ -892,7 +897,7 @@ class MasterAdamW:
 
         A norm that is not finite takes no step: one NaN in the weights is NaN for ever.
         """
-        grads = [m.grad for m in self.masters.values() if m.grad is not None]  # None: frozen
+        grads = [m.grad for m in self.masters.values() if m.grad is not None]  # as above
         square = torch.nn.utils.get_total_norm(grads).square()
         dist.all_reduce(square)
         norm = square.sqrt().item()
@@ -951,7 +956,7 @@ def share_out(sizes: list[int], ranks: int) -> list[int]:
     return owner
 
 
-# ================================================================================= 5. what one sees
+# ================================================================================ 5. logs and plots
 
 
 def log(run: Run, metrics: dict, groups: list[Group]) -> None:
@@ -993,7 +998,8 @@ def append_lines(path: Path, rows: list[dict]) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU what torch allocated, else of this process."""
+    """Bytes that torch allocated on the GPU, a sleeping vLLM's included (vllm#17117), or that this
+    process took."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -1103,7 +1109,7 @@ def plot(lines: list[dict], path: Path, held_out: int) -> None:
     curve(above, "correction_success", ".-", "lightgreen", "correction success (stage 2)")
     curve(above, "eval_accuracy", "o-", "tab:blue", "held-out: answered right")
     curve(above, "eval_correction", "s-", "tab:green",
-          f"held-out: own errors corrected, {errors[0]} at first, {errors[-1]} at last")
+          f"held-out: own errors corrected, {errors[0]} at the start, {errors[-1]} at the end")
     curve(below, "pool_size", "-", "tab:gray", "error pool")
     for line in lines:
         if line.get("stage") == 2:
@@ -1198,7 +1204,7 @@ def read_shard(file: Path) -> Optional[dict]:
 
 
 def assert_nothing_is_lost(run: Run) -> None:
-    """Without a checkpoint a run begins anew, but not where one had been saved and is gone."""
+    """Without a checkpoint a run starts again, unless one had been saved and has disappeared."""
     metrics = run.output / "metrics.jsonl"
     steps = [line["step"] for line in read_lines(metrics)] if metrics.exists() else []
     if (run.output / "final").exists() or max(steps, default=0) >= run.config.save_every:
@@ -1317,8 +1323,7 @@ def choose_sizes(config: Config, model, tokenizer, tasks: list[Task]) -> None:
     if config.max_context is None:
         longest = max(len(task.prompt) for task in tasks)
         template = len(rollout.render(tokenizer, error_pool.correction_prompt("", "")))
-        limit = getattr(model.config, "max_position_embeddings", None)
-        limit = limit or tokenizer.model_max_length
+        limit = rollout.context_limit(model.config, tokenizer)
         config.max_context = rollout.needed_context(
             longest, template, config.max_new_tokens, limit
         )
@@ -1342,7 +1347,7 @@ def try_model(policy: Policy, engine, config: Config, tasks: list[Task], limit: 
     try:
         drawn = engine.generate(
             [task.prompt for task in tried], 2, temperature=config.temperature,
-            max_new_tokens=min(4, config.max_new_tokens), seeds=[[0, 1], [2, 3]],
+            max_new_tokens=min(16, config.max_new_tokens), seeds=[[0, 1], [2, 3]],
             bar=partial(tqdm, disable=True),
         )
         groups = [Group(**vars(task), samples=samples) for task, samples in zip(tried, drawn)]
@@ -1395,7 +1400,7 @@ def run_training(arguments: list[str], rank: int, device: torch.device, cleanup:
         run = set_up(parse(arguments), rank, device, cleanup)
     except (ValueError, OSError) as error:
         fail(error)
-    # DDP must not be what ends the process group: that can deadlock.
+    # DDP must be gone before the process group is destroyed, or that can deadlock.
     cleanup.callback(setattr, run, "policy", None)
     for number in (signal.SIGTERM, signal.SIGINT):
         before = signal.signal(number, run.interrupt)

@@ -4,7 +4,7 @@
 2. train.py's update of a random model shaped as R1-Distill-Qwen-1.5B, bf16, fp32 masters, with
    --compile and --gradient_checkpointing, micro-batches of 4 x 4,096 tokens, 512 of them prompt:
    its model FLOP/s (without recomputation), their share of that rate, and its peak memory beside
-   bench/plan.py (without its 3 GB for CUDA and vLLM).
+   bench/plan.py's estimate (both without its 3 GB for CUDA and vLLM).
 3. The Transformers engine with the same model, 256 rows in flight.
 4. The default run of train.py, as a user starts it.
 """
@@ -50,19 +50,26 @@ def random_model():
 
 
 def update() -> dict:
-    config = train.Config(micro_batch_tokens=16_384, updates_per_rollout=1)
-    train.check(config)
-    model, n = random_model(), LENGTH - PROMPT
+    config = train.Config(micro_batch_tokens=16_384)
+    train.fill_in(config)
+    model = random_model()
     optimizer = train.MasterAdamW(model, torch.bfloat16, weight_decay=0.0, max_norm=1.0)
     train.compile_layers(model, recompute=True)
-    policy = train.Policy(model, 1.0, config.logprob_chunk, None, True)
+    policy = train.Policy(model, temperature=1.0, chunk=config.logprob_chunk, compile_head=True)
     policy = train.DistributedDataParallel(policy, gradient_as_bucket_view=True)
-    groups, examples, mask = [None] * (SEQUENCES // 8), [], torch.ones(n, dtype=torch.bool)
-    for i in range(SEQUENCES):
-        ids, advantage, mu = torch.randint(V, (LENGTH,)).tolist(), (-1.0) ** i, [-12.0] * n
-        examples.append(train.Example(i // 8, i % 8, advantage, n, ids, PROMPT, mask, mu))
-    trained = (policy, None, optimizer, config, 1, groups, examples)
-    took = seconds(lambda: train.update(*trained), times=2)
+    n = LENGTH - PROMPT  # tokens of a response
+    examples = [
+        train.Example(
+            group=i // 8, sample=i % 8, advantage=(-1.0) ** i, denominator_tokens=n,
+            ids=torch.randint(V, (LENGTH,)).tolist(), first=PROMPT,
+            mask=torch.ones(n, dtype=torch.bool), engine_logp=[-12.0] * n,
+        )
+        for i in range(SEQUENCES)
+    ]
+    groups = [None] * (SEQUENCES // 8)  # only their number counts
+    took = seconds(
+        lambda: train.update(policy, None, optimizer, config, 1, groups, examples), times=2
+    )
     # A product and a sum, forward once and backward twice: 6 a weight and token; the head only for
     # responses; causal attention 6 N D a token and position, half of them before it.
     layers = plan.parameters(*plan.SHAPES[SHAPE]) - 2 * V * D
@@ -75,12 +82,15 @@ def update() -> dict:
 
 
 def engine() -> dict:
-    model, tokenizer = random_model().bfloat16().eval(), AutoTokenizer.from_pretrained(ROOT / "toy")
-    made = rollout.TransformersEngine(model, tokenizer, max_context=4096)
-    made.stop, prompts = set(), torch.randint(270, (64, PROMPT)).tolist()  # nothing ends early
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "toy")
+    made = rollout.TransformersEngine(random_model().bfloat16(), tokenizer, max_context=4096)
+    made.stop = set()  # nothing ends early
+    prompts = torch.randint(270, (64, PROMPT)).tolist()
     seeds = [[4 * b + i for i in range(4)] for b in range(64)]
-    how = dict(temperature=1.0, max_new_tokens=256, seeds=seeds)
-    return {"engine tokens/s": 256 * 256 / seconds(lambda: made.generate(prompts, 4, **how))}
+    took = seconds(
+        lambda: made.generate(prompts, 4, temperature=1.0, max_new_tokens=256, seeds=seeds)
+    )
+    return {"engine tokens/s": 256 * 256 / took}
 
 
 def default_run() -> dict:

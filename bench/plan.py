@@ -15,12 +15,12 @@ each GPU in bf16, with gradient checkpointing:
     while sampling   vLLM's share of the card (memory_share), instead of activations and of the sum
                      of gradients; its cache is what weights and a prefill leave of the share
 
-The first edition's longer plan was within 3 % of what train.py's update took on a CPU
-(RESULTS.md), and this one is within 1 % of that plan. No GPU was to be had: nothing of this was
-measured on one, and the 3 GB are a guess. GB are 10^9 bytes; an "80 GB" card has 85 of them.
+An estimate. On one H200 the update of bench/gpu.py peaked at 43.0 GB where this plans 42.7, both
+without the 3 GB of `other`, which are a guess; nothing was measured on eight GPUs, or with vLLM.
+GB are 10^9 bytes; an "80 GB" card has 85 of them.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import yaml
@@ -82,17 +82,29 @@ def fits(settings: dict, gpus: int, gpu_gb: float) -> bool:
     return peak <= gpu_gb and parts["cached tokens"] >= settings["micro_batch_tokens"]
 
 
-def main(arguments: list[str]) -> None:
-    machines = MACHINES
-    if arguments:
-        machines = {Path(arguments[0]).name: (int(arguments[1]), float(arguments[2]))}
+def main(arguments=None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", nargs="?", help="settings file; without: each one of configs/")
+    parser.add_argument("gpus", nargs="?", type=int, help="without: the machine it is meant for")
+    parser.add_argument("gb", nargs="?", type=float, help="of each GPU")
+    args = parser.parse_args(arguments)
+    machines = {CONFIGS / name: machine for name, machine in MACHINES.items()}
+    if args.file:
+        machine = (args.gpus, args.gb) if args.gb else MACHINES.get(Path(args.file).name)
+        if machine is None:
+            parser.error(f"{args.file}: name its machine too, as in FILE 8 80")
+        machines = {Path(args.file): machine}
     for file, (gpus, gpu_gb) in machines.items():
-        settings = yaml.safe_load((CONFIGS / file).read_text())
-        print(f"{file}: {settings['model']}, GB on each of {gpus} x {gpu_gb:g} GB")
+        settings = yaml.safe_load(file.read_text())
+        if settings.get("model") not in SHAPES:
+            parser.error(f"{file}: its model is not in SHAPES; add its sizes")
+        print(f"{file.name}: {settings['model']}, GB on each of {gpus} x {gpu_gb:g} GB")
         for name, value in plan(settings, gpus, gpu_gb).items():
             print(f"{name:>16} {value:,.1f}" if value < 1000 else f"{name:>16} {value:,}")
         print(f"{'':>16} {'fits' if fits(settings, gpus, gpu_gb) else 'DOES NOT FIT'}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -43,7 +43,7 @@ def with_engine(model, tokenizer, prompts, lengths):
     uniforms, draw, eos, row = rollout.uniforms, rollout.draw, tokenizer.eos_token_id, {}
 
     def seen(seeds, index):
-        row["due"] = lengths[seeds] == index + 1
+        row["due"] = lengths[torch.from_numpy(seeds.astype("int64"))] == index + 1
         return uniforms(seeds, index)
 
     def forced(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""The paper's equations once more: slow, obvious, float64, one token at a time.
+"""The equations of README's table once more: slow, obvious, float64, one token at a time.
 
 Written from the statement of the method alone, so that an error would have to be made twice, in two
 different ways, to pass. Nothing is vectorised, nothing is padded: a response is the list of its own

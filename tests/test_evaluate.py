@@ -1,6 +1,5 @@
 """evaluate.py: the same samples whatever happens to a run, and figures that are what they say."""
 
-import json
 import re
 import shutil
 import signal
@@ -14,6 +13,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import evaluate
+import rollout
 from conftest import ALONE, LIMITED, TOY
 from evaluate import read, write
 from reward import grade
@@ -26,8 +26,8 @@ def completions(folder):
 
 def summary(folder):
     """{(benchmark, kind): row of the table}."""
-    rows = json.loads((folder / "summary.json").read_text())
-    return {(row["of"], row["kind"]): row for row in rows}
+    table = pandas.read_csv(folder / "summary.csv", index_col=["benchmark", "kind"])
+    return table.to_dict("index")
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ from pathlib import Path
 import evaluate
 {LIMITED}
 """ + """
-evaluate.PASS, n = int(sys.argv[1]), int(sys.argv[2])
+evaluate.PASS_SAMPLES, n = int(sys.argv[1]), int(sys.argv[2])
 replace, writes = Path.replace, count(1)
 
 def killed(path, target):
@@ -90,7 +90,7 @@ def baseline(tmp_path_factory):
     write(alpha, problems[:14])
     write(beta, [*problems[14:16], {"problem": "long " * 900, "answer": "2"}, *problems[16:18]])
     flags = "--k 3 --temperature 1 --max_new_tokens 200 --self_correct --benchmarks".split()
-    flags += [str(alpha), str(beta)]
+    flags += [str(alpha), str(beta), "--model", str(TOY)]
     evaluate.main([*flags, "--output", str(folder / "one")])
     return flags, folder / "one"
 
@@ -104,22 +104,22 @@ def test_killed_in_two_writes_and_continued_by_two_ranks(baseline, tmp_path):
         there = completions(tmp_path)
         assert all(completions(one)[name].startswith(begun) for name, begun in there.items())
         sizes.append(sum(map(len, there.values())))
-    assert sizes[0] < sizes[1] < sizes[2] and not (tmp_path / "summary.json").exists()
+    assert sizes[0] < sizes[1] < sizes[2] and not (tmp_path / "summary.csv").exists()
     assert processes(*flags, ranks=2) == [0, 0]
     assert completions(tmp_path) == completions(one)
-    for name in ("graded.csv", "summary.json"):
+    for name in ("graded.csv", "summary.csv"):
         assert (tmp_path / name).read_bytes() == (one / name).read_bytes()
 
 
 def test_only_what_is_missing_is_drawn_and_all_graded_again(baseline, run, tmp_path, monkeypatch):
     flags, one = baseline
-    flags, drawn, sample_groups = [*flags, "--output", tmp_path], [], evaluate.sample_groups
+    flags, drawn, sample_groups = [*flags, "--output", tmp_path], [], rollout.sample_groups
 
     def counting(engine, tokenizer, grader, tasks, numbers, **how):
         drawn.extend([how["span"] or "answer"] * len(numbers) * len(tasks))
         return sample_groups(engine, tokenizer, grader, tasks, numbers, **how)
 
-    monkeypatch.setattr(evaluate, "sample_groups", counting)
+    monkeypatch.setattr(rollout, "sample_groups", counting)
     run(*flags, "--k", 1, "--self_correct", False)
     assert drawn == ["answer"] * 18
     run(*flags, "--self_correct", False)
@@ -129,7 +129,7 @@ def test_only_what_is_missing_is_drawn_and_all_graded_again(baseline, run, tmp_p
     assert run(*flags)[0] == 0
     assert completions(tmp_path) == completions(one)
     assert drawn.count("answer") == 54 and drawn.count("sections") == 54  # all of them finished
-    monkeypatch.setattr(evaluate, "load_policy", None)  # from here on there is no model
+    monkeypatch.setattr(rollout, "load_policy", None)  # from here on there is no model
     assert run(*flags, "--k", 1)[0] == 0  # a smaller k looks at fewer
     assert summary(tmp_path)["alpha", "answers"]["samples"] == 14
     file = tmp_path / "completions" / "alpha.jsonl"
@@ -138,6 +138,7 @@ def test_only_what_is_missing_is_drawn_and_all_graded_again(baseline, run, tmp_p
     assert err.count("warning: beta: 1 of 5 do not fit") == 1
     assert summary(tmp_path)["alpha", "answers"]["avg@k"] == 100
     assert re.search(r"^alpha +answers +100\.0 +0\.0 +100\.0 ", out, re.M)
+    assert "\ntemperature: 1.0\n" in out and "{" not in out.replace("boxed{}", "")  # no JSON
 
 
 def test_another_run_in_its_folder_is_refused_by_name(baseline, run, tmp_path, monkeypatch):
@@ -153,7 +154,7 @@ def test_another_run_in_its_folder_is_refused_by_name(baseline, run, tmp_path, m
     alpha, changed = read(one.parent / "alpha.jsonl"), tmp_path / "alpha.jsonl"
     write(changed, [*alpha[:-1], alpha[-1] | {"answer": "5"}])
     refused("problems of alpha", *flags, "--output", one, "--benchmarks", changed)
-    monkeypatch.setattr(evaluate, "solution_prompt", "On Monday: {}".format)  # a dated template
+    monkeypatch.setattr(rollout, "solution_prompt", "On Monday: {}".format)  # a dated template
     refused("prompt", *flags, "--output", one)
     monkeypatch.undo()
     toy = shutil.copytree(TOY, tmp_path / "toy")
@@ -164,15 +165,18 @@ def test_another_run_in_its_folder_is_refused_by_name(baseline, run, tmp_path, m
     (toy / "model.safetensors").write_bytes(weights[:-1] + b"!")
     refused("weights", *own)
     assert before == (completions(one), (one / "graded.csv").read_bytes())
+    write(tmp_path / "thesis" / "chapter.jsonl", [])
+    for name, fault in (("", "is empty"), (tmp_path / "thesis", "holds chapter.jsonl and no run")):
+        code, _, err = run(*flags, "--output", name)
+        assert code == 2 and fault in one_error(err)
+    assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter.jsonl"]
 
 
 def group(question, rewards, samples=None, corrects=None, problem="1+1"):
     samples = samples or [Sample([1, 2], [], "\\boxed{2}", True) for _ in rewards]
-    return Group(
-        problem=problem, answer="2", prompt=[], question=question, corrects=corrects,
-        samples=samples, graded=[s.text for s in samples], spans=[None] * len(samples),
-        verdicts=["right" if reward else "wrong" for reward in rewards],
-    )  # fmt: skip
+    for sample, sample_reward in zip(samples, rewards, strict=True):
+        sample.reward = sample_reward
+    return Group(problem, "2", [], question, corrects, samples=samples)
 
 
 def test_the_table_is_what_the_files_say(baseline):
@@ -190,9 +194,9 @@ def test_the_table_is_what_the_files_say(baseline):
     assert answers["SE"] == pytest.approx(100 * right.mean(0).std(ddof=1) / np.sqrt(14))
     assert answers["pass@k"] == pytest.approx(100 * right.any(0).mean())
     assert answers["tokens"] == pytest.approx(np.mean([row["tokens"] for row in rows]))
-    for before, kind in ((0, "wrong put right"), (1, "right spoiled")):
-        changed = np.where(right == before, now != right, np.nan)
-        share = np.mean([np.nanmean(each) for each in changed.T if (each >= 0).any()])
+    for before, kind in ((0, "corrections of wrong"), (1, "corrections of right")):
+        corrected = np.where(right == before, now, np.nan)
+        share = np.mean([np.nanmean(each) for each in corrected.T if (each >= 0).any()])
         assert table["alpha", kind]["avg@k"] == pytest.approx(100 * share)
         assert table["alpha", kind]["samples"] == (right == before).sum() > 5
 
@@ -219,17 +223,17 @@ def test_every_finished_answer_that_fits_is_corrected():
     said = tokenizer.decode(tasks[1].prompt)
     assert "Wrong solution:\n\\boxed{5}\n" in said and "think" not in said
     assert tasks[1].answer == "2"
-    correction = group(7, [1], [Sample([1, 2, 3], [], "all of it", True)], corrects=12)
-    (row,) = evaluate.records([correction])
-    assert (row["sample"], row["response"], row["solution"]) == (12, "all of it", "all of it")
+    sample = Sample([1, 2, 3], [], "all of it", True, solution="its end")
+    (row,) = evaluate.records([group(7, [1], [sample], corrects=12)])
+    assert (row["sample"], row["response"], row["solution"]) == (12, "all of it", "its end")
 
 
 def finished(folder, scores, order=1):
     """As of an evaluation in which question q has scores[q] right answers of 4."""
     folder.mkdir()
-    rows = [{"of": "own", "kind": "answers", "problem": f"p{q}", "right": i < n}
+    rows = [{"benchmark": "own", "kind": "answers", "problem": f"p{q}", "right": i < n}
             for q, n in list(enumerate(scores))[::order] for i in range(4)]  # fmt: skip
-    rows.append(rows[0] | {"kind": "right spoiled", "right": True})  # is no answer
+    rows.append(rows[0] | {"kind": "corrections of right", "right": True})  # is no answer
     pandas.DataFrame(rows).to_csv(folder / "graded.csv", index=False)
     return folder
 
@@ -241,10 +245,10 @@ def test_compare_is_paired(run, tmp_path):
     a, c = finished(tmp_path / "a", weak), finished(tmp_path / "c", mixed)
     b = finished(tmp_path / "b", [*(weak + 1), 4], order=-1)  # 1/4 better; other order; one more
     code, out, _ = run("--compare", a, b, c)
-    row = {line.split()[-1]: line for line in out.splitlines()}
-    assert code == 0 and "50 problems" in out and "+25.0 [+25.0, +25.0]" in row[str(b)]
-    numbers = re.search(r"([-+\d.]+) \[([-+\d.]+), ([-+\d.]+)\]", row[str(c)]).groups()
-    difference, low, high = map(float, numbers)
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines()}
+    assert code == 0 and f"own, 50 problems: difference to the baseline {a}," in out
+    assert rows[str(a)][1:] == ["0.0"] * 3 and rows[str(b)][1:] == ["25.0"] * 3
+    difference, low, high = map(float, rows[str(c)][1:])
     spread = 100 * (mixed - weak).std() / 4 / np.sqrt(50)
     assert high - low == pytest.approx(2 * 1.96 * spread, rel=0.1)
     assert difference == 0 and low < 0 < high
@@ -261,9 +265,10 @@ BAD_INPUT = {
     "--k -1": "--k",
     "--top_p 1.5": "--top_p",
     "--compare a b": "a/graded.csv",
-    "--benchmarks {good} {good}": "rename the file",
+    "--benchmarks {good}": "--model is missing",
+    "--model {toy} --benchmarks {good} {good}": "rename the file",
     "--model no/such/model": "no/such/model",
-    "--max_new_tokens 2048 --benchmarks {good}": "no prompt fits",
+    "--max_new_tokens 2048": "no prompt fits",
 }
 
 
@@ -272,6 +277,6 @@ def test_bad_input_is_one_line_and_nothing_is_written(flags, run, tmp_path, monk
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     good = tmp_path / "good.jsonl"
     write(good, [{"problem": "1+1", "answer": "2"}])
-    code, _, err = run(*flags.format(good=good).split(), "--output", tmp_path / "out")
+    code, _, err = run(*flags.format(good=good, toy=TOY).split(), "--output", tmp_path / "out")
     assert code == 2 and BAD_INPUT[flags] in one_error(err)
     assert not (tmp_path / "out").exists()

@@ -5,6 +5,7 @@ import gc
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import time
@@ -14,7 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FEW, same_weights
+from conftest import FEW, ROOT, same_weights
+from torch.distributed.run import get_args_parser
 from torch.nn.parallel import DistributedDataParallel
 
 import train
@@ -187,6 +189,71 @@ def test_when_all_are_damaged_the_run_starts_again(done, copied, launch):
     assert_same(run, done(1, 6))
 
 
+def test_a_full_disk_gets_one_line(done, copied, launch, monkeypatch):
+    """torch.save then says `unexpected pos` and nothing of a disk; here files may not grow so far.
+    What was saved before is whole, and what is half written is no obstacle."""
+    folder, save = copied(1, 4), train.save_checkpoint
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def onto_a_full_disk(run):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, most))
+        try:
+            save(run)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+
+    monkeypatch.setattr(train, "save_checkpoint", onto_a_full_disk)
+    run = launch(folder, *FLAGS, 6, "--resume")
+    (line,) = run.errors
+    assert run.code == 1 and f"{folder}/checkpoints/step_000006" in line and "disk" in line
+    assert list(folder.glob("checkpoints/*.part/*"))
+    monkeypatch.undo()
+    assert_same(launch(folder, *FLAGS, 6, "--resume"), done(1, 6))
+
+
+@pytest.mark.parametrize("lost", ["checkpoints", "final checkpoints"])
+def test_without_its_checkpoints_a_run_is_not_begun_again(lost, copied, launch):
+    """Deleted to save disk, or copied without: logs were cut to nothing, final/ replaced."""
+    folder = copied(1, 4)
+    for name in lost.split():
+        shutil.rmtree(folder / name)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for steps in (4, 6):
+        run = launch(folder, *FLAGS, steps, "--resume")
+        (line,) = run.errors
+        assert run.code == 2 and str(folder) in line and "no checkpoint" in line
+    before[folder / "settings.json"] = (folder / "settings.json").read_bytes()  # it is rewritten
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_log_that_was_moved_away_begins_empty(done, copied, launch):
+    """It is cut to what the checkpoint says, and never made longer: that would be NUL bytes."""
+    folder = copied(1, 4)
+    (folder / "samples.jsonl").rename(folder / "old")
+    run = launch(folder, *FLAGS, 6, "--resume")
+    assert run.code == 0 and run.lines("old") + run.samples == done(1, 6).samples
+
+
+def test_copies_and_links_are_not_ours_to_delete(done, copied, launch, tmp_path):
+    """A user's copy is no checkpoint; a link, here to another disk, is followed in reading only."""
+    folder, disk = copied(1, 4), tmp_path / "disk"
+    checkpoints = folder / "checkpoints"
+    for name in ("step_000008_keep", "step_000008_best1", "step_8"):
+        shutil.copytree(checkpoints / "step_000002", checkpoints / name)
+    disk.mkdir()
+    for path in (folder / "final", checkpoints / "step_000002", checkpoints / "step_000004"):
+        path.rename(disk / path.name)
+        path.symlink_to(disk / path.name)
+    before = {path: path.read_bytes() for path in disk.rglob("*") if path.is_file()}
+    run = launch(folder, *FLAGS, 6, "--resume", "--save_every", 1)
+    assert "resumed after step 4" in run.out and not run.errors
+    assert run.comparable() == done(1, 6).comparable()
+    assert same_weights(run.weights, done(1, 6).weights)
+    assert before == {path: path.read_bytes() for path in disk.rglob("*") if path.is_file()}
+    assert len(list(checkpoints.glob("step_*8*/rank_0.pt"))) == 3
+    assert {"step_000005", "step_000006"} <= {path.name for path in checkpoints.iterdir()}
+
+
 # ------------------------------------------------------------------------------------ signals, NaNs
 
 
@@ -199,13 +266,16 @@ def test_a_signal_stops_after_the_step(sent, owner, name, done, copied, launch, 
     before = [signal.getsignal(n) for n in (2, 15)]
 
     def signalled(*arguments, **keywords):
-        os.kill(os.getpid(), sent)
+        if signal.getsignal(sent) not in before:  # a model that is only tried has no step to finish
+            os.kill(os.getpid(), sent)
         return original(*arguments, **keywords)
 
     monkeypatch.setattr(owner, name, signalled)
     often = 1 if owner is train else 2
     run = launch(folder, *FLAGS, 6, "--resume", "--save_every", often)
-    assert run.code == (130 if sent == signal.SIGINT else 0) and not run.errors
+    (line,) = set(run.errors)
+    assert sent.name in line and "is finished and saved first" in line and "step 6" not in line
+    assert run.code == (130 if sent == signal.SIGINT else 0)
     assert "stopped by a signal after step 5" in run.out and run.metrics[-1]["step"] == 5
     assert [signal.getsignal(n) for n in (2, 15)] == before
     monkeypatch.undo()
@@ -270,26 +340,84 @@ def test_no_step_on_a_norm_that_is_not_finite(calls, end, done, copied, launch, 
 # ------------------------------------------------------------------------------- torchrun, for real
 
 
-def test_no_second_writer_while_workers_outlive_torchrun(torchrun, ranks, done, tmp_path):
-    """torchrun alone is killed; --resume is refused until its workers, told to stop, have left."""
-    lines = tmp_path / "run" / "metrics.jsonl"
-    job = torchrun(tmp_path / "run", *FLAGS, 12)
-    while not lines.exists() or lines.read_bytes().count(b"\n") < 3:
-        assert job.poll() is None, job.communicate()
-        time.sleep(0.02)
+HOLD = """
+import time, train
+def stand_still(owner, name, call, flag):  # rank 1 does, for which rank 0 then waits
+    original, calls = getattr(owner, name), iter(range(1, 999))
+    def held(*arguments, **keywords):
+        if os.environ["RANK"] == "1" and next(calls) == call:
+            open(flag, "w").close()
+            time.sleep(600)
+        return original(*arguments, **keywords)
+    setattr(owner, name, held)
+"""
+MOMENTS = {  # where rank 1 stands still when torchrun is killed, and at which call
+    "rendezvous": "train.dist, 'init_process_group', 1",
+    "sampling": "train.rollout.TransformersEngine, 'generate', 5",
+    "update": "train.MasterAdamW, 'step', 6",
+}
+
+
+def workers_of(job):
     threads = Path(f"/proc/{job.pid}/task").glob("*/children")
-    workers = sum((thread.read_text().split() for thread in threads), [])
-    job.kill()
-    run = ranks(lines.parent, *FLAGS, 12, "--resume").result()
-    assert run.code == 2 and len(run.errors) == 1 and "another process is writing there" in run.err
-    for pid in map(int, workers):
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
-            while os.kill(pid, 0) is None:
-                time.sleep(0.05)
-    run = checked(ranks(lines.parent, *FLAGS, 12, "--resume"))
-    assert re.search(r"resumed after step [2-9]", run.out)
+    return [int(pid) for thread in threads for pid in thread.read_text().split()]
+
+
+def gone(pid):
+    with suppress(OSError):
+        return " Z " in Path(f"/proc/{pid}/stat").read_text()
+    return True
+
+
+def wait_for(condition, seconds, job=None):
+    deadline = time.time() + seconds
+    while not condition():
+        assert time.time() < deadline and (job is None or job.poll() is None), condition
+        time.sleep(0.02)
+
+
+def test_workers_end_with_a_killed_torchrun(torchrun, ranks, done, tmp_path):
+    """While they wait for one another, sample or train. --resume at once goes on, bit for bit."""
+    folder = tmp_path / "run"
+    for moment, call in MOMENTS.items():
+        flag = tmp_path / moment
+        breaks = f"{HOLD}stand_still({call}, {str(flag)!r})"
+        job = torchrun(folder, *FLAGS, 12, "--resume", breaks=breaks)
+        wait_for(flag.exists, 300, job)
+        workers = workers_of(job)
+        assert len(workers) == 2
+        job.kill()
+        wait_for(lambda: all(map(gone, workers)), 10)
+    run = checked(ranks(folder, *FLAGS, 12, "--resume"))
     assert_same(run, done(2, 12))
+
+
+@pytest.mark.slow
+def test_a_step_of_40_seconds_is_finished(torchrun, tmp_path):
+    """torchrun kills after 30 s, if --shutdown-timeout says nothing else."""
+    flag, nodes = tmp_path / "sampling", "--standalone --nproc_per_node=2 --shutdown-timeout=600"
+    breaks = f"{HOLD}stand_still({MOMENTS['sampling']}, {str(flag)!r})".replace("600", "40")
+    job = torchrun(tmp_path / "run", *FLAGS, 12, nodes=nodes, breaks=breaks)
+    wait_for(flag.exists, 300, job)
+    job.terminate()
+    sent = time.time()
+    assert any("is finished and saved first" in line for line in job.stderr)
+    assert time.time() - sent < 10
+    out, _ = job.communicate(timeout=300)
+    stopped = re.search(r"stopped by a signal after step (\d)", out)
+    assert time.time() - sent > 30
+    assert (tmp_path / "run" / "checkpoints" / f"step_00000{stopped[1]}" / "rank_1.pt").exists()
+
+
+def test_launch_lines_leave_a_step_its_time():
+    """Those for real models: in README and at the top of the settings files."""
+    files = [ROOT / "README.md", *ROOT.glob("configs/*.yaml")]
+    texts = "\n".join(file.read_text() for file in files)
+    lines = re.findall(r"torchrun (.* train\.py configs/[\w.]+\.yaml)", texts)
+    lines = [line for line in lines if "toy.yaml" not in line]
+    assert len(lines) >= 6
+    for line in lines:
+        assert (get_args_parser().parse_args(line.split()).shutdown_timeout or 0) >= 600, line
 
 
 def test_a_rank_that_breaks_alone_ends_the_run_with_its_traceback(torchrun, tmp_path):

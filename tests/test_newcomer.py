@@ -30,6 +30,11 @@ def test_the_first_command_and_the_first_experiment(tmp_path):
                          capture_output=True, text=True)  # fmt: skip
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     assert "answered right" in run.stdout and "runs/eval/hard" in run.stdout
-    logs = [(folder / f"runs/{name}/metrics.jsonl").read_text() for name in ("plain", "hard")]
-    plain, hard = (re.findall(r'"pool_size": \d+', log) for log in logs)
+    pools = []
+    for name in ("plain", "hard"):
+        log = (folder / f"runs/{name}/metrics.jsonl").read_text()
+        pools.append(re.findall(r'"pool_size": \d+', log))
+        asked = int(re.findall(r'"questions": (\d+)', log)[-1])
+        assert asked == int(re.search(r"runs ask (\d+) questions", README)[1])
+    plain, hard = pools
     assert plain != hard  # the script's filter was in force

@@ -76,6 +76,18 @@ def test_columns_of_the_usual_datasets(tmp_path):
     assert load_problems(str(file)) == [Problem("2+3?", "5", "here"), *halves, *dapo]
 
 
+def test_numbers_of_a_file_stay_as_they_are_written(tmp_path):
+    """Integers beyond a float's digits, beside rows that lack the field; a fault names its line."""
+    file = tmp_path / "p.jsonl"
+    large = [9007199254740993, 123456789012345678901234567890]
+    rows = [{"problem": "?", "answer": n} for n in large] + [{"problem": "?", "solution": "#### 1"}]
+    file.write_text("\n\n".join(map(json.dumps, rows)))
+    assert [p.answer for p in load_problems(str(file))] == [*map(str, large), "1"]
+    file.write_text('{"problem": "1?", "answer": 1}\n{"problem": "2?", "answer":}\n')
+    with pytest.raises(ValueError, match=f"^{file}: .* line 2 column"):
+        load_problems(str(file))
+
+
 def test_a_dataset_through_the_datasets_library(tmp_path):
     """As from the hub, from a folder; with several splits one must be named."""
     (tmp_path / "train.jsonl").write_text('{"question": "1?", "answer": "so\\n#### 1"}\n')
@@ -102,6 +114,26 @@ def test_a_micro_batch_of_the_settings_files_holds_the_longest_sequence():
         assert context <= config["micro_batch_tokens"] and "max_context" not in config
     assert rollout.needed_context(1024, 80, 32_768, limit=32_768) == 32_768  # the model's own
     assert rollout.fits([1] * 30, 70, 100) and not rollout.fits([1] * 31, 70, 100)
+
+
+MARKS = ["<think>", "[THINK]", "<seed:think>", "◁think▷"]
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("mark", MARKS)
+def test_marks_of_thinking_are_put_back_and_cannot_be_written(mark, special):
+    """Of DeepSeek and Qwen, Magistral, Seed-OSS, Kimi; also where they are no tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(TOY)
+    if special:
+        tokenizer.add_tokens([mark])  # as Qwen does it: added, but not as a special token
+    start = "{% if add_generation_prompt %}" + mark + "\n{% endif %}"
+    tokenizer.chat_template += start
+    prompt = rollout.render(tokenizer, "1+1?")
+    ids = tokenizer("Hm. 2.").input_ids
+    assert rollout.to_text(tokenizer, prompt, ids) == f"{mark}\nHm. 2."
+    assert rollout.to_text(tokenizer, prompt[:-3], ids) == "Hm. 2."
+    written = rollout.render(tokenizer, f"1 {mark}+1?") != rollout.render(tokenizer, "1 +1?")
+    assert written != special
 
 
 # ----------------------------------------------------------------------------------------- samples

@@ -96,16 +96,16 @@ TRAINS = {
 }  # fmt: skip
 HALVES = dict(d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48,
               is_decoder=True, is_encoder_decoder=False)  # fmt: skip
-MLA = dict(num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8,
-           qk_nope_head_dim=8, v_head_dim=8, moe_intermediate_size=16, n_routed_experts=4,
-           num_experts_per_tok=2, n_group=1, topk_group=1)  # fmt: skip
+INDEXED = dict(num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8,
+               qk_nope_head_dim=8, v_head_dim=8, moe_intermediate_size=16, n_routed_experts=4,
+               num_experts_per_tok=2, n_group=1, topk_group=1, index_n_heads=4, index_head_dim=16,
+               index_topk=1024)  # fmt: skip
 UNUSED = {  # models with parameters that no gradient reaches, and the first of these
     "ernie4_5_moe": (dict(moe_num_experts=4, moe_k=2, moe_intermediate_size=16,
                           moe_layer_start_index=1), "layers.1.mlp.gate.moe_statics"),
     "bart": (HALVES, "layers.0.encoder_attn"),
     "whisper": (HALVES | dict(max_target_positions=1024), "layers.0.encoder_attn"),
-    "deepseek_v32": (MLA | dict(index_n_heads=4, index_head_dim=16, index_topk=1024),
-                     "layers.0.self_attn.indexer"),
+    "deepseek_v32": (INDEXED, "layers.0.self_attn.indexer"),
 }  # fmt: skip
 TRAINS |= {kind: config for kind, (config, _) in UNUSED.items()}
 
@@ -123,24 +123,24 @@ def test_a_model_trains_on_its_own_log_probabilities(kind, run, tmp_path):
     before, after = load_file(model / "model.safetensors"), done.weights
     assert before.keys() == after.keys()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
-    if kind in UNUSED:
-        (line,) = done.errors
+    assert moved and len(done.errors) == (kind in UNUSED)
+    for line in done.errors:
         _, first = UNUSED[kind]
-        assert "frozen" in line and first in line
-        assert moved and not any(first in name for name in moved)
-    else:
-        assert moved and not done.errors
+        assert "frozen" in line and first in line and not any(first in name for name in moved)
+
+
+COIN = """
+import reward
+reward.Grader.verdicts = lambda _, texts, *__: ["right", "wrong"] * (len(texts) // 2)
+"""
 
 
 def test_two_ranks_do_not_wait_for_a_parameter_without_gradient(ranks, tmp_path):
-    """Nor for an expert that only one of them has used."""
-    coin = "train.reward.Grader.verdicts = lambda _, texts, *__: ['right', 'wrong'] * (len(texts) // 2)"
-    for kind in ("ernie4_5_moe", "mixtral"):
-        model = tiny(tmp_path / kind, kind, **TRAINS[kind])
-        flags = ("--model", model, "--steps", 2, "--max_new_tokens", 16, "--algorithm", "grpo")
-        done = ranks(tmp_path / f"{kind}.out", *flags, patch=coin).result()
-        assert done.code == 0 and len(done.errors) == (kind in UNUSED), done.err
-        assert not same_weights(load_file(model / "model.safetensors"), done.weights)
+    model = tiny(tmp_path / "m", "ernie4_5_moe", **TRAINS["ernie4_5_moe"])
+    flags = ("--model", model, "--steps", 2, "--max_new_tokens", 16, "--precision", "bf16")
+    done = ranks(tmp_path / "out", *flags, patch=COIN).result()
+    assert done.code == 0 and len(done.errors) == 1 and "frozen" in done.err, done.err
+    assert not same_weights(load_file(model / "model.safetensors"), done.weights)
 
 
 @pytest.mark.parametrize("layers, hidden, tokens", [
@@ -164,8 +164,6 @@ def templated(template):
     return lambda folder: tiny(folder, tokenizer=toy_tokenizer(template))
 
 
-DEEPSEEK_V4 = MLA | dict(num_key_value_heads=1, hc_mult=2, o_groups=2, o_lora_rank=8,
-                         sliding_window=16, index_n_heads=4, index_head_dim=16)  # fmt: skip
 REFUSED = {  # what is given as --model, and what the one line has
     "Granite": (lambda m: tiny(m, "granite", logits_scaling=8.0), "scales or caps its logits"),
     "NanoChat": (lambda m: tiny(m, "nanochat"), "scales or caps its logits"),
@@ -173,13 +171,10 @@ REFUSED = {  # what is given as --model, and what the one line has
     "Gemma 2": (lambda m: tiny(m, "gemma2", final_logit_softcapping=3.0), "scales or caps"),
     "an encoder": (lambda m: tiny(m, "bert"), "no causal model"),
     "no cache": (lambda m: tiny(m, "mamba"), "--model"),
-    "a cache of its own": (lambda m: tiny(
-        m, "minimax", layer_types=["linear_attention", "full_attention"]), "--model"),
     "a mask of its own": (lambda m: tiny(m, "doge"), "--model"),
-    "DeepSeek-V4": (lambda m: tiny(m, "deepseek_v4", **DEEPSEEK_V4), "--model"),
-    "Llama 4": (lambda m: tiny(m, "llama4_text", num_local_experts=4), "--model"),
-    "CPM-Ant": (lambda m: tiny(m, "cpmant", dim_head=8, dim_ff=48), "--model"),
-    "Moshi": (lambda m: tiny(m, "moshi", sliding_window=16, ffn_dim=48), "--model"),
+    "no hidden states": (lambda m: tiny(m, "llama4_text", num_local_experts=4), "--model"),
+    "a cache of its own": (lambda m: tiny(m, "cpmant", dim_head=8, dim_ff=48), "--model"),
+    "a window": (lambda m: tiny(m, "moshi", sliding_window=16, ffn_dim=48), "log p"),
     "an adapter": (lambda m: write(tiny(m) / "adapter_config.json"), "is an adapter: merge it"),
     "a layer without weights": (lambda m: lose_a_layer(tiny(m)), "no weights for ['model.layers.1"),
     "no tokenizer": (lambda m: [file.unlink() for file in tiny(m).glob("tokenizer*")], "tokenizer"),
@@ -192,7 +187,7 @@ REFUSED = {  # what is given as --model, and what the one line has
     "a raise": (templated("{{ raise_exception('system first') }}"), "turn of user: system first"),
     "no assistant": (templated("{{ messages[-1].content + {'user': ''}[messages[-1].role] }}"),
                      "fails on a turn of assistant"),
-    "no further positions": (lambda m: tiny(m, "gpt2", n_positions=128), "128 positions"),
+    "no positions": (lambda m: tiny(m, "gpt2", max_position_embeddings=128), "128 positions"),
     # Beyond it, log p of a row depends on the longest row of its batch (transformers#33129).
     "LongRoPE": (lambda m: tiny(m, "phi3", original_max_position_embeddings=64, rope_parameters={
         "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4,
@@ -270,25 +265,24 @@ def test_answers_and_corrections_are_graded_whatever_the_think_tags_are(special,
     assert graded["prefix"][2].analysis == (0, end)
 
 
-MARKS = {
-    "<think>": "</think>", "[THINK]": "[/THINK]", "<seed:think>": "</seed:think>", "◁think▷": "◁/think▷",
-    "<|channel|>analysis<|message|>": "<|end|><|start|>assistant<|channel|>final<|message|>",
-}  # fmt: skip
+MARKS = [
+    ("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"),
+    ("◁think▷", "◁/think▷"), ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),
+]  # fmt: skip
 
 
 def test_stage_2_quotes_no_thinking(run, monkeypatch):
     """Whatever the marks are: it would be paid for the correction of a thought."""
-    marks = list(MARKS.items())
 
-    def said(_, prompt, ids):
-        place = sum(ids) % len(marks)
-        opening, closing = marks[place]
+    def said(tokenizer, prompt, ids, *_):
+        place = sum(ids) % len(MARKS)
+        opening, closing = MARKS[place]
         return f"{opening}Perhaps \\boxed{{5}}?{closing}It is {place}."
 
     monkeypatch.setattr(rollout, "to_text", said)
     done = run("--steps", 12, "--errors_per_question", 4, "--max_new_tokens", 60)
     quoted = "".join(line["prompt"] for line in done.samples if line["stage"] == 2)
-    assert all(f"solution:\nIt is {place}.\n" in quoted for place in range(len(marks)))
+    assert all(f"solution:\nIt is {place}.\n" in quoted for place in range(len(MARKS)))
     assert "Perhaps" not in quoted
 
 
@@ -341,7 +335,6 @@ def test_answers_are_read_rightly_or_refused():
 
 GOLDS = [
     ({"solution": "$x = \\fbox{2}$ or $\\boxed{-2}$, so \\boxed{2}."}, "2, -2"),  # all that differ
-    ({"solution": "It is 3.\n#### 3"}, "3"), ({"solution": "Thus \\fbox{5}."}, "5"),
     ({"reward_model": '{"ground_truth": "7", "style": "rule"}'}, "7"),
     ({"expected_answer": "8"}, "8"), ({"ground_truth": 9}, "9"),
 ]  # fmt: skip
@@ -485,9 +478,9 @@ def test_a_run_writes_into_its_own_folder_only(run, launch, tmp_path, monkeypatc
 
 def test_no_clipping_is_no_clipping(run):
     """As in TRL and verl; a multiple of 0 would look healthy and move nothing."""
-    off, wide, narrow = (run("--max_grad_norm", norm, out=f"{norm}") for norm in (0, 1e9, 1e-9))
+    off, wide = (run("--max_grad_norm", norm, out=f"{norm}") for norm in (0, 1e9))
     assert same_weights(off.weights, wide.weights)
-    assert not same_weights(off.weights, narrow.weights)
+    assert not same_weights(off.weights, load_file(TOY / "model.safetensors"))
 
 
 def test_the_reference_is_the_same_when_a_run_goes_on(run, tmp_path):
