@@ -357,7 +357,7 @@ def one_run(name: str, seed: int, work: Path) -> None:
 
 
 def measure(run, arm: Arm, fixed: Path) -> dict:
-    """In train.py's evaluation's place: MEASURES and what explains them, once training has ended."""
+    """In train.py's evaluation's place: MEASURES, and what explains them, at the end of training."""
     config = run.config
 
     def sample(tasks, span=None, seed=config.seed, samples=range(1)):
@@ -427,12 +427,13 @@ def explain(run, kind: str, errors, corrections, correct) -> dict:
 
 def share_right(groups) -> float:
     """nan where nothing was asked."""
-    rewards = [reward for group in groups for reward in group.rewards]
-    return float(np.mean(rewards)) if rewards else math.nan
+    if not groups:
+        return math.nan
+    return float(np.mean([group.rewards for group in groups]))
 
 
 def what_analyses_say(corrections, wrongs: list) -> dict:
-    """The shares of wrong and of right steps that are judged rightly, and of corrections in form."""
+    """Shares of wrong and of right steps that are judged rightly, and of corrections in form."""
     called = {True: [], False: []}  # is the step wrong? -> is it judged rightly?
     for group, wrong in zip(corrections, wrongs):
         if wrong:
@@ -487,8 +488,9 @@ def cosines(run, corrections, kind: str) -> dict:
         for t, token in enumerate(ids):
             name = "solution"
             if 0 < line <= len(steps):
-                is_wrong = steps[line - 1][-1] != truth[line - 1][-1]
-                name = f"analysis of {'wrong' if is_wrong else 'right'} steps"
+                name = "analysis of right steps"
+                if steps[line - 1][-1] != truth[line - 1][-1]:
+                    name = "analysis of wrong steps"
             if line > 0:
                 places[name].append((row, t))
             line += run.tokenizer.decode([token]).count("\n")

@@ -1,4 +1,4 @@
-"""bench/study.py: it continues where it was killed; its statistics, controls and tables are right."""
+"""bench/study.py: it continues where it was killed; statistics, controls and tables are right."""
 
 import json
 import os
@@ -26,9 +26,10 @@ from bench import study
 size = "--questions_per_step 8 --group_size 4 --pool_trigger 8 --eval_questions 20"
 stage2 = f"{size} --train_stages 2 --errors_per_question 8"
 study.FIXED, study.AT_RISK, study.PROBED, study.TABLE = 8, 8, 8, Path("none.csv")
-study.ARMS = {"vanilla": study.Arm("mechanism", "samples", 0, f"{size} --steps 0", two_policies=True),
-              "GRPO": study.Arm("budgets", "samples", 96, f"{size} --algorithm grpo"),
-              "random": study.Arm("mechanism", "corrections", 32, stage2, "random tokens")}
+Arm = study.Arm
+study.ARMS = {"vanilla": Arm("mechanism", "samples", 0, f"{size} --steps 0", two_policies=True),
+              "GRPO": Arm("budgets", "samples", 96, f"{size} --algorithm grpo"),
+              "random": Arm("mechanism", "corrections", 32, stage2, "random tokens")}
 study.CLAIMS = [("GRPO learns", study.SOLVED, "GRPO", "vanilla")]
 if __name__ == "__main__":
     study.main()
@@ -77,8 +78,8 @@ def test_paired_statistics_by_hand_of_arms_that_are_there():
     s = study.statistics([0.0, 2.0, 2.0, 4.0, 2.0])  # s^2 = 2, error sqrt(2/5), t = 3.1623
     wanted = (2.0, 0.0341, 2.77645 * 0.63246, (2.77645 + 0.94096) * 0.63246)
     assert (s["mean"], s["p"], s["half"], s["detectable"]) == pytest.approx(wanted, abs=1e-4)
-    runs = pd.DataFrame({"arm": list("aaabb"), "seed": [0, 1, 2, 2, 1], "accuracy": [9, 5, 7, 4, 1]})
-    assert study.paired(runs, "accuracy", "a", "b").tolist() == [4, 3]  # seeds 1 and 2
+    runs = pd.DataFrame({"arm": list("aaabb"), "seed": [0, 1, 2, 2, 1], "share": [9, 5, 7, 4, 1]})
+    assert study.paired(runs, "share", "a", "b").tolist() == [4, 3]  # seeds 1 and 2
 
 
 def redirected(monkeypatch, fork, token_ids, prompt, analysis):
