@@ -357,7 +357,7 @@ def one_run(name: str, seed: int, work: Path) -> None:
 
 
 def measure(run, arm: Arm, fixed: Path) -> dict:
-    """In train.py's evaluation's place: MEASURES, and what explains them, at the end of training."""
+    """In place of train.py's evaluation: MEASURES, and what explains them, after training."""
     config = run.config
 
     def sample(tasks, span=None, seed=config.seed, samples=range(1)):
