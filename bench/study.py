@@ -60,6 +60,7 @@ GROUPS = {
     "mechanism": "Stage 2 alone: three kinds of analysis, by which tokens get the credit",
     "remedy": "Stage 2 alone: no credit to what the analysis quotes",
     "methods": "Both stages, by kind of analysis",
+    "long": "Stage 2 alone, as long as the first look: 60 steps of 256 corrections",
     "rate": "Stage 2 alone at a quarter of the learning rate",
     "scarce": "Scarce labels: 32 training questions, another 32 at each seed",
 }
@@ -143,6 +144,9 @@ def make_arms() -> dict[str, Arm]:
         for group, name, flags, fork in stage2:
             arm = Arm(group, "corrections", CORRECTIONS, f"{alone}{flags}", fork, kind, True)
             arms[f"{kind}: {name}"] = arm
+        look = f"{size} --train_stages 2 --errors_per_question 8 --eval_questions 500"
+        long = Arm("long", "corrections", 60 * 256, look, "", kind, True)
+        arms[f"{kind}: analysis, 60 x 256"] = long
 
     both_stages = (  # (name, unit, flags)
         ("GRPO", "samples", " --algorithm grpo"),
@@ -194,6 +198,7 @@ def make_claims() -> list[tuple]:
         ("all tokens teach to solve", SOLVED, "all tokens", "vanilla"),
         ("no credit to quotes is better", SOLVED, "no quotes", "analysis"),
         ("... than no training", SOLVED, "no quotes", "vanilla"),
+        ("... with 60 x 256 corrections", SOLVED, "analysis, 60 x 256", "vanilla"),
         ("a quarter of the rate teaches too", SOLVED, "analysis, 1.25e-4", "vanilla"),
         ("ScRPO solves more than GRPO, equal samples", SOLVED, "ScRPO, samples", "GRPO"),
         ("... equal questions", SOLVED, "ScRPO, questions", "GRPO"),
@@ -691,7 +696,7 @@ def report(runs: pd.DataFrame, output: Path) -> None:
         if rows.empty:
             continue
         section += [f"### {title} (`{group}`)", markdown(levels(rows, MEASURES))]
-        if group in ("mechanism", "remedy", "rate"):
+        if group in ("mechanism", "remedy", "long", "rate"):
             section.append(markdown(levels(rows, explaining)))
         if group == "mechanism":
             untrained = rows[rows["arm"].str.endswith("vanilla")]
