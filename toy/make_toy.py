@@ -53,6 +53,8 @@ steps.
    recompute holds the solution's own lines, so a better analysis is a better solution. quote holds the wrong
    solution's lines with a judgement on each: to judge a line one must know its value, but no token computes
    one, and a wrong line stands there as it was. verdict holds judgements only: no digit of a value at all.
+   In 600 steps all three learn to correct half of the errors, but not all to judge: quote's judgements are a
+   little better than chance, verdict's are not (bench/RESULTS.md). More --steps may change that.
 
 4. Policy. 0.3 million parameters in Qwen3's architecture, which every engine knows, trained from scratch on
    fresh demonstrations, solutions and corrections in separate batches, with the loss on response tokens. Muon
