@@ -12,7 +12,7 @@
    prompt (Eq. 10), and write its corrections to completions/NAME.corrections.jsonl.
 3. Grade these files (Eqs. 1, 11), and write graded.csv and summary.csv. So the same command on a
    finished folder grades it again, and loads no model.
-4. --compare gives the differences on the same questions, which two standard errors cannot show.
+4. --compare gives differences on the same questions, which comparing standard errors cannot.
 
 Left out: pass@j for j < k, majority votes, a model as the judge, charts.
 """
@@ -103,7 +103,7 @@ def evaluate(config: EvalConfig, rank: int, device: torch.device) -> None:
         )
         if rank == 0:
             write(file, read(file) + records(groups, numbers))
-        rollout.gather([])  # the other ranks wait, and then read the file too
+        rollout.barrier()  # now the other ranks find it too
     if rank == 0:
         report(config, tasks, settings)
     lock.close()
@@ -149,14 +149,17 @@ def prepare(config: EvalConfig):
 
 
 def remaining_passes(config: EvalConfig, tokenizer, tasks: dict[str, list[Task]], max_context: int):
-    """Yields the passes whose samples are in no file yet: (file, tasks, sample numbers, span)."""
+    """Yields the passes whose samples are in no file yet: (file, tasks, sample numbers, span).
+
+    A generator, because corrections can be listed only when their answers have been written.
+    """
     for name, asked in tasks.items():
         file = config.file(name)
         k = config.answers(name)
         width = 1 + PASS_SAMPLES // len(asked)  # answers to each question in a pass
         drawn = len(read(file)) // len(asked)
         for start in range(drawn, k, width):
-            yield file, asked, range(k)[start : start + width], None
+            yield file, asked, range(start, min(start + width, k)), None
         if config.self_correct:
             answers = [row for row in read(file) if row["sample"] < k]
             todo = correction_tasks(tokenizer, answers, config.max_new_tokens, max_context)
@@ -233,8 +236,8 @@ def report(config: EvalConfig, names, settings: dict) -> None:
     with reward.Grader(os.cpu_count()) as grader:  # Eqs. 1, 11
         frame["verdict"] = grader.verdicts(list(texts), list(frame.gold), list(frame.problem))
     frame["right"] = frame.verdict == "right"
-    # An answer's row comes before that of its correction. Right corrections of wrong answers are
-    # repairs; what is missing to 100 % right among the corrections of right ones was spoiled.
+    # An answer's row comes before that of its correction. A wrong answer whose correction is right
+    # was repaired; a right answer whose correction is wrong was spoiled.
     answer_right = frame.groupby(["benchmark", "question", "sample"]).right.transform("first")
     frame["kind"] = np.where(answer_right, "corrections of right", "corrections of wrong")
     frame.loc[frame.solution.isna(), "kind"] = "answers"
@@ -247,7 +250,7 @@ def report(config: EvalConfig, names, settings: dict) -> None:
     table = pandas.DataFrame({
         "avg@k": 100 * means["mean"].mean(),
         "SE": 100 * means["mean"].sem(),  # as in `accuracy`
-        # Of k drawn, Chen et al.'s unbiased estimator (2107.03374) is: any right?
+        # With k drawn, Chen et al.'s unbiased estimator (2107.03374) is whether any is right.
         "pass@k": 100 * means["any"].mean(),
         "tokens": samples.tokens.mean(),
         "cut off": 100 - 100 * samples.finished.mean(),
@@ -278,7 +281,7 @@ def compare(folders: list[str]) -> None:
     for name, shares in common.groupby("benchmark"):
         count = len(shares)
         paired = shares.sub(shares[folders[0]], axis=0)
-        # A bootstrap resample is how often it has each problem.
+        # A bootstrap resample is represented by how often each problem occurs in it.
         resamples = rng.multinomial(count, np.full(count, 1 / count), size=10_000)
         means = resamples @ paired / count
         table = pandas.DataFrame({

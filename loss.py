@@ -6,7 +6,7 @@
     Eqs. 3 to 6, 13, 14 --------> l[i,t], then -J          step_denominator, policy_loss
 
 Equation numbers are those of README's table, not of the papers.
-Shapes: B questions, G samples a group, S sequences, T loss columns, L sequence length, M loss
+Shapes: B questions, G samples a group, S sequences, T loss columns, L sequence length, M scored
 tokens, D hidden size, V vocabulary. Sources: GRPO (DeepSeekMath 2402.03300), DAPO (2503.14476),
 Dr. GRPO (2503.20783), ScRPO (2511.06065); [ours] marks what none of them states.
 """
@@ -92,7 +92,7 @@ def clipped_surrogate(logp, old_logp, advantages, clip_low: float, clip_high: fl
 
 
 def importance_weights(old_logp: torch.Tensor, engine_logp: torch.Tensor, cap: float):
-    """w = min(C, pi_old / mu), without gradient; C is `cap` (Eq. 14; ours to use it).
+    """w = min(C, pi_old / mu), without gradient; C is `cap` (Eq. 14; its use is [ours]).
 
     mu is the probability with which the engine sampled the token. It differs from pi_old because
     the engine rounds differently.
@@ -104,7 +104,9 @@ def importance_weights(old_logp: torch.Tensor, engine_logp: torch.Tensor, cap: f
 
 
 def step_denominator(lengths, reduction: str, max_length: int) -> float:
-    """What the token sums of one optimizer step, over all ranks, are divided by (Eqs. 6, 13).
+    """What the sums of one optimizer step, over all ranks, are divided by (Eqs. 6, 13).
+
+    With "grpo", policy_loss has divided each sample's sum by the sample's own length before.
 
     lengths  |o_i|, or in stage 2 |Analysis(y_j)| (0 if not well-formed), of *every* sample of the
              step. Failed corrections count too: success changes the numerator only [ours]
@@ -189,14 +191,16 @@ def token_logprobs(
 
     model           a Hugging Face causal language model; not under autocast, because the custom
                     backward pass below would not see it
-    input_ids       prompt + completion [S,L], padded on the *right*, where attention_mask is 0
-    first           position of the first loss token [S], at least 1; all after it count
+    input_ids       prompt + completion [S,L], padded on the *right*
+    attention_mask  1 where there is a token [S,L]; it only tells the rows' lengths
+    first           position of the first scored token [S], at least 1; all later ones are scored
+                    too, and policy_loss applies the mask
     chunk           positions whose logits exist at the same time
     vocabulary      ids that the tokenizer has; further rows of the embedding get probability 0
     compile_head    compile what is done with the logits
 
     Returns (logp, entropy), [S,T], at least fp32: column t of row s is token first[s] + t, and 0
-    past the end of the row. Only logp has a gradient. Only the M positions that predict a loss
+    past the end of the row. Only logp has a gradient. Only the M positions that predict a scored
     token go through the head. For two rows of L = 5 with first = [2, 3] and lengths 5 and 4:
 
         hidden [S,L]  . x x x .     targets [M]  2 3 4 | 3      logp [S,T]  2 3 4

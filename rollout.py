@@ -96,7 +96,7 @@ class Problem:
     source: str  # file and row, or what the row itself says
 
 
-# The first of these fields that a row has counts. They cover the paper's benchmarks as the hub has
+# The first of these fields that a row has is used. They cover the paper's benchmarks as the hub has
 # them, and for training MATH, NuminaMath, OpenMathReasoning, DAPO-Math-17k and DeepScaleR.
 PROBLEM_FIELDS = ("problem", "question", "prompt")
 ANSWER_FIELDS = (
@@ -263,7 +263,7 @@ def render(tokenizer, user_text: str) -> list[int]:
     Control tokens in the text are left out. ValueError, one line, where the chat template fails or
     leaves the text out.
     """
-    while control_tokens(tokenizer).search(user_text):  # what is left may make up another one
+    while control_tokens(tokenizer).search(user_text):  # removing one may form another
         user_text = control_tokens(tokenizer).sub("", user_text)
     if tokenizer.chat_template is None:
         return tokenizer(user_text + "\n").input_ids
@@ -296,7 +296,7 @@ def to_text(tokenizer, prompt: list[int], token_ids: list[int]) -> str:
     """
     silent = (tokenizer.eos_token_id, tokenizer.pad_token_id)
     text = tokenizer.decode([token for token in token_ids if token not in silent])
-    end_of_prompt = tokenizer.decode(prompt[-20:]).rstrip()  # longer than any mark in bytes
+    end_of_prompt = tokenizer.decode(prompt[-20:]).rstrip()  # they hold any mark, even by bytes
     for mark in reward.THINKING:
         if end_of_prompt.endswith(mark):
             text = f"{mark}\n{text}"
@@ -340,7 +340,7 @@ def sample_seed(run_seed: int, step: int, question: int, sample: int, corrects=N
     A hash, not a sum: with run_seed + step, run 1 would begin with run 0's second step.
     """
     if corrects is not None:
-        question += 1_000_000_007 * (1 + corrects)
+        question += 1_000_000_007 * (1 + corrects)  # beyond every number of a question
     place = f"{run_seed},{step},{question},{sample}".encode()
     return int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "little") >> 1
 
@@ -348,7 +348,7 @@ def sample_seed(run_seed: int, step: int, question: int, sample: int, corrects=N
 def uniforms(seeds: numpy.ndarray, index: int) -> numpy.ndarray:
     """splitmix64 of (seed, index), elementwise on uint64 seeds -> float64 in [0, 1).
 
-    Counter-based: the number for token t of a sample needs no state, so no generator follows a row.
+    Counter-based: the number for token t of a sample needs no state, so rows carry no generator.
     """
     z = seeds + numpy.uint64((index + 1) * 0x9E3779B97F4A7C15 % 2**64)  # arithmetic modulo 2**64
     z = (z ^ (z >> 30)) * numpy.uint64(0xBF58476D1CE4E5B9)
@@ -376,7 +376,7 @@ def draw(logits, uniform, *, temperature: float, top_p: float, vocabulary: int):
     if temperature > 0:
         ids = torch.searchsorted(mass, uniform[:, None] * total, right=True)
         ids = ids.clamp(max=logits.shape[-1] - 1)
-        # A parallel sum need not be monotone: an id of no weight must not come of it.
+        # A parallel sum need not be monotone: never return an id of no weight.
         ids = torch.where(weight.gather(-1, ids) > 0, ids, likeliest)
     logprobs = logits.gather(-1, ids) - top - total.log().float()
     return ids[:, 0], logprobs[:, 0]
@@ -601,9 +601,9 @@ class VLLMEngine:
         self.max_context = max_context
         self.cuda = model.device.type == "cuda"
         self.stop = sorted(stop_ids(model, tokenizer))
-        # Ids past the tokenizer, see `draw`. -100 is the strongest bias that vLLM takes.
+        # Ids past the tokenizer, see `draw`. -100 is the lowest bias that vLLM accepts.
         self.forbidden = {i: -100.0 for i in range(len(tokenizer), model.config.vocab_size)}
-        if self.cuda and len(self.forbidden) > 1024:  # more its GPU sampler refuses, in mid-step
+        if self.cuda and len(self.forbidden) > 1024:  # its GPU sampler rejects more, in mid-step
             raise ValueError(f"--model {model_path}: {len(self.forbidden):,} rows of its embedding "
                              "have no token, and vLLM can forbid 1,024 ids; take a checkpoint that "
                              "is padded less, or --rollout transformers")
@@ -633,17 +633,17 @@ class VLLMEngine:
             settings |= dict(enforce_eager=True, kv_cache_memory_bytes=1 << 28,
                              enable_chunked_prefill=False,
                              max_num_batched_tokens=max(8192, max_context))
-        warn("vLLM starts, which takes about two minutes on a GPU; machines of different kinds "
-             "with one home folder need a VLLM_CACHE_ROOT each", kind="note")
         try:
             with trainer_state():
                 from vllm import LLM, SamplingParams
 
+                warn("vLLM starts, which takes about two minutes on a GPU; machines of different "
+                     "kinds with one home folder need a VLLM_CACHE_ROOT each", kind="note")
                 self.llm = LLM(model_path, **settings)
         except ImportError as error:
             raise ValueError(f"--rollout vllm cannot be had: {error}; install "
                              "requirements-vllm.txt, or take the other engine") from error
-        except (ValueError, OSError) as error:  # of these alone train.py would show one line
+        except (ValueError, OSError) as error:  # train.py would drop the traceback of these
             raise RuntimeError("vLLM does not start") from error
         self.parameters = SamplingParams
         self.asleep = False
@@ -946,7 +946,7 @@ def start_distributed() -> tuple[int, int, torch.device]:
     objects travel over gloo, tensors on a GPU over NCCL.
     """
     disable_progress_bar()  # of Hugging Face's loading and saving
-    for stream in (sys.stdout, sys.stderr):  # a terminal that knows no Chinese shows escapes
+    for stream in (sys.stdout, sys.stderr):  # escapes where a terminal lacks the characters
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     end_with_torchrun()
@@ -971,7 +971,7 @@ def start_distributed() -> tuple[int, int, torch.device]:
     # A rank may wait for the longest rollout of another. torchrun ends all if one dies.
     timeout = timedelta(hours=24)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
-    gather([])  # a rank that fails now would break the connections of those still on their way
+    barrier()  # a rank that fails now would break the connections of those still on their way
     return rank, world, device
 
 
@@ -995,6 +995,11 @@ def gather(items: list) -> list:
     lists = [None] * dist.get_world_size()
     dist.all_gather_object(lists, items)
     return list(chain.from_iterable(lists))
+
+
+def barrier() -> None:
+    """Returns when all ranks have come here."""
+    gather([])
 
 
 def warn(message, kind: str = "warning") -> None:

@@ -115,12 +115,12 @@ class Config:
     pool_trigger: int = flag(32, "N of Eq. 9: errors that start stage 2 [ours]")
     min_variance: float = flag(0.15, "tau of Eq. 7; 0: no filter [ours: 2 to 6 right of 8]")
     errors_per_question: int = flag(1, "Eq. 8: most errors kept of a group [ours]")
-    train_stages: Literal["both", "1", "2"] = flag("both", "ablation; both are sampled anyway")
-    success_conditioned: bool = flag(True, "Eq. 12; false: an ablation, failed ones too")
+    train_stages: Literal["both", "1", "2"] = flag("both", "ablation: stages with updates")
+    success_conditioned: bool = flag(True, "Eq. 12; false: credit failed ones too")
     credit: Literal["analysis", "response"] = flag("analysis", "Eq. 12; response: an ablation")
-    analysis_span: Literal["sections", "prefix"] = flag("sections", "prefix: to the solution")
+    analysis_span: Literal["sections", "prefix"] = flag("sections", "prefix: from token 0")
     # DAPO's own
-    dynamic_sampling: Optional[int] = flag(None, "rounds of drawing; default: 1, dapo 4 [ours]")
+    dynamic_sampling: Optional[int] = flag(None, "most rounds of drawing; 1: off, dapo 4 [ours]")
     overlong_cache: Optional[int] = flag(None, "Eq. 15: tokens of the ramp; with dapo L_max / 5")
     # Optimizer
     learning_rate: float = flag(1e-6, "AdamW's; 1e-6: DeepSeekMath, DAPO (TRL: learning_rate)")
@@ -143,10 +143,10 @@ class Config:
     save_every: int = flag(20, "steps between checkpoints; two are kept (TRL: save_steps)")
 
 
-AT_LEAST_ONE = (
+LEAST = {"group_size": 2} | dict.fromkeys((
     "questions_per_step", "max_new_tokens", "updates_per_rollout", "errors_per_question",
     "dynamic_sampling", "micro_batch_tokens", "logprob_chunk", "save_every",
-)
+), 1)  # all other numbers may be 0
 # What may differ when a run is resumed, because it does not change what is computed.
 FREE_TO_CHANGE = {"output_dir", "resume", "steps", "eval_every", "save_every"}
 
@@ -207,7 +207,7 @@ def check(config: Config) -> None:
     """ValueError, one line, if settings contradict each other or the method."""
     c = config
     for name, value in asdict(c).items():
-        least = 2 if name == "group_size" else int(name in AT_LEAST_ONE)
+        least = LEAST.get(name, 0)
         if isinstance(value, (int, float)) and not value >= least:  # not `<`: nan is never less
             raise ValueError(f"--{name} {value}: must be at least {least}")
     if c.train_data is None:
@@ -255,7 +255,7 @@ class State:
     visits: int = 0  # to stage 2
     visit_loss_tokens: int = 0  # of the current visit
     dropped_errors: int = 0  # whose correction prompt did not fit the context
-    barren: int = 0  # stage-1 steps in a row in which all was wrong, or all was cut off
+    barren: int = 0  # stage-1 steps in a row with every response wrong, or every one cut off
 
 
 @dataclass
@@ -394,8 +394,8 @@ def add_errors(pool: error_pool.ErrorPool, group: Group) -> None:
     """E <- E + the wrong responses of this group (Eqs. 7, 8)."""
     responses = [sample.text for sample in group.samples]
     # A response that could not be graded is not known to be wrong.
-    complete = [sample.finished and sample.verdict != "ungradable" for sample in group.samples]
-    pool.add(group.problem, group.answer, responses, group.rewards, complete)
+    usable = [sample.finished and sample.verdict != "ungradable" for sample in group.samples]
+    pool.add(group.problem, group.answer, responses, group.rewards, usable)
 
 
 def self_correction(run: Run, step: int) -> tuple[list[Group], list["Example"], dict]:
@@ -419,8 +419,7 @@ def self_correction(run: Run, step: int) -> tuple[list[Group], list["Example"], 
             success = [sample.reward == 1 for sample in group.samples]
         masks.append(loss.analysis_mask(spans, max(lengths), success))  # m, Eq. 12
         # |Analysis(y_j)|, of failed corrections too: the denominator of Eq. 13 counts them all.
-        credited = loss.analysis_mask(spans, max(lengths))
-        credited_lengths.append(credited.sum(dim=1).tolist())
+        credited_lengths.append([0 if s is None else s[1] - s[0] for s in spans])
     examples = make_examples(groups, advantages, masks, credited_lengths)
     well_formed = [s.analysis is not None for _, s in rollout.each_sample(groups)]
     metrics = {"correction_success": rewards.mean().item(), "well_formed": np.mean(well_formed)}
@@ -468,7 +467,8 @@ def draw_questions(run: Run, step: int) -> tuple[list[Group], int]:
                 discarded.append(group)
         if len(kept) == B:
             break
-    left_out = len(discarded) - (B - len(kept))  # all but what fills the step
+    missing = B - len(kept)
+    left_out = len(discarded) - missing
     return kept + discarded[left_out:], left_out
 
 
@@ -571,7 +571,7 @@ def make_examples(groups, advantages, masks, denominator_tokens) -> list[Example
     """Cuts each sample to its loss tokens; one without any keeps its place in the denominator.
 
     advantages [B,G]; masks[b][i], bool, and denominator_tokens[b][i] are those of sample i of
-    group b. A mask may have holes.
+    group b. A mask may have holes, and may be longer than its sample.
     """
     examples = []
     for b, group in enumerate(groups):
@@ -633,8 +633,8 @@ def carries_gradient(example: Example, beta: float) -> bool:
 def split_by_tokens(lengths: list[int], ranks: int, budget: int) -> list[list[list[int]]]:
     """Splits sequences of these lengths into micro-batches: [ranks][rounds][indices].
 
-    A micro-batch, padded to its longest sequence, has at most `budget` tokens, of which at most an
-    eighth is padding [ours]; a longer sequence stands alone. All ranks get about as many tokens,
+    A micro-batch, padded to its longest sequence, has at most `budget` tokens, and at most `budget`
+    / 8 of padding [ours]; a longer sequence stands alone. All ranks get about as many tokens,
     and equally many rounds, some of them empty: DDP waits for every rank.
 
     >>> split_by_tokens([40, 5, 5, 5, 4], ranks=2, budget=20)
@@ -708,8 +708,8 @@ class Policy(torch.nn.Module):
 
 def update(policy, reference, optimizer, config: Config, step: int, groups, examples) -> dict:
     """Ascends J_1 (Eq. 6) or J_2 (Eq. 13) in `updates_per_rollout` optimizer steps."""
-    # DDP > Policy > model. Evaluation mode, unless activations are checkpointed: Transformers does
-    # that in training mode only, which the engine has left.
+    # Dropout is off, so the mode matters for gradient checkpointing alone, which Transformers does
+    # in training mode only. The engine has called eval(). (DDP's module is Policy, Policy's model.)
     policy.train(policy.module.model.is_gradient_checkpointing)
     device = next(policy.parameters()).device
     minibatches = make_minibatches(config, groups, examples, device)
@@ -756,7 +756,7 @@ def backward(policy, reference, optimizer, config: Config, minibatch: Minibatch,
 def no_loss(policy) -> torch.Tensor:
     """0 times a forward pass: DDP waits for a gradient of every parameter from every rank."""
     ids = torch.ones(1, 2, dtype=torch.long, device=next(policy.parameters()).device)
-    logp, _ = policy(ids, torch.ones_like(ids), first=ids[:, 0])
+    logp, _ = policy(ids, attention=torch.ones_like(ids), first=ids.new_ones(1))
     return logp.sum() * 0.0
 
 
@@ -828,8 +828,8 @@ def compile_layers(model, recompute: bool) -> None:
     """Fuses what stands between a layer's matrix products into few kernels [ours].
 
     With `recompute`, as with gradient checkpointing, backward computes a layer's activations again,
-    but for attention's output, which is small and slow to compute. Such a choice pays only here,
-    where layers are compiled.
+    but for attention's output, which is small and slow to compute. To choose what is kept pays off
+    only with compiled layers.
     """
 
     def choose(_, operation, *args, **kwargs):
@@ -837,7 +837,7 @@ def compile_layers(model, recompute: bool) -> None:
             return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE
 
-    rollout.silence("torch._higher_order_ops.wrap", "context_fn")  # it is meant
+    rollout.silence("torch._higher_order_ops.wrap", "context_fn")  # it is intended
     contexts = partial(create_selective_checkpoint_contexts, choose)
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
@@ -895,9 +895,9 @@ class MasterAdamW:
     def step(self, rate: float) -> float:
         """Clips by the global norm, steps, publishes. Returns the norm before clipping.
 
-        A norm that is not finite takes no step: one NaN in the weights is NaN for ever.
+        A norm that is not finite takes no step: a NaN in the weights never goes away.
         """
-        grads = [m.grad for m in self.masters.values() if m.grad is not None]  # as above
+        grads = [m.grad for m in self.masters.values() if m.grad is not None]  # None: frozen
         square = torch.nn.utils.get_total_norm(grads).square()
         dist.all_reduce(square)
         norm = square.sqrt().item()
@@ -1006,8 +1006,8 @@ def peak_memory(device: torch.device) -> int:
 
 
 def healthy_gap(bf16: bool) -> float:
-    """What the mean |log pi_old - log mu| stays below: it is usually 0.01 to 0.02 where bf16
-    computes, as others report, and 1e-5 in fp32."""
+    """What the mean |log pi_old - log mu| stays below. Others report 0.01 to 0.02 in bf16; in fp32
+    it is 1e-5."""
     return 0.05 if bf16 else 0.002
 
 
@@ -1144,7 +1144,7 @@ def save_checkpoint(run: Run) -> None:
         free = shutil.disk_usage(run.output).free / 2**30
         fail(f"{part} cannot be written ({error}): its disk has {free:.1f} GB left; free some and "
              "--resume", code=1)
-    gather([])  # until all shards are written
+    rollout.barrier()  # all shards are written
     if run.rank == 0:
         remove(folder)  # one that was found damaged
         part.rename(folder)
@@ -1255,7 +1255,7 @@ def set_up(config: Config, rank: int, device: torch.device, cleanup: ExitStack) 
     cleanup.callback(engine.close)
     if config.compile:
         compile_layers(model, recompute=config.gradient_checkpointing)
-    elif config.gradient_checkpointing:  # only now that the engine has looked at the model's cache
+    elif config.gradient_checkpointing:  # after the engine has inspected the model's cache
         model.gradient_checkpointing_enable({"use_reentrant": False})
     options = {"temperature": config.temperature, "chunk": config.logprob_chunk,
                "vocabulary": len(tokenizer), "compile_head": config.compile}
@@ -1265,18 +1265,18 @@ def set_up(config: Config, rank: int, device: torch.device, cleanup: ExitStack) 
 
     reference = None
     if config.beta:  # else pi_ref is not even loaded
-        reference, _ = rollout.load_policy(config.model, dtype, device)
-        reference = Policy(reference.requires_grad_(False), **options)
+        frozen, _ = rollout.load_policy(config.model, dtype, device)
+        reference = Policy(frozen.requires_grad_(False), **options)
     # Buffers are not broadcast: that would be a collective in every forward pass, of which the
     # ranks make different numbers.
-    policy = DistributedDataParallel(policy, gradient_as_bucket_view=True, broadcast_buffers=False)
+    ddp = DistributedDataParallel(policy, gradient_as_bucket_view=True, broadcast_buffers=False)
     pool = None
     if config.algorithm == "scrpo":
         pool = error_pool.ErrorPool(config.min_variance, config.errors_per_question)
     grader = cleanup.enter_context(reward.Grader())
     return Run(
         config, rank, device, output, model, tokenizer, tasks, eval_tasks, optimizer, engine,
-        grader, policy, reference, pool,
+        grader, ddp, reference, pool,
     )
 
 
@@ -1328,14 +1328,14 @@ def choose_sizes(config: Config, model, tokenizer, tasks: list[Task]) -> None:
             longest, template, config.max_new_tokens, limit
         )
     if config.micro_batch_tokens is None:
-        # Activations of about 16 hidden sizes a layer [measured] may take 4 GiB [ours].
+        # 4 GiB for activations [ours], of about 16 hidden sizes a token and layer [measured].
         hidden_size = model.get_input_embeddings().embedding_dim
         token_bytes = 4 * 16 * hidden_size * getattr(model.config, "num_hidden_layers", 1)
         config.micro_batch_tokens = min(16384, 2 ** int(math.log2(2**32 / token_bytes)))
 
 
 def try_model(policy: Policy, engine, config: Config, tasks: list[Task], limit: float) -> None:
-    """A small step on the longest and the shortest prompt, before anything is written.
+    """Samples, and a forward and backward pass, of the longest and the shortest prompt.
 
     Parameters that get no gradient, such as a router's bias, are frozen: DDP would wait for them.
     ValueError, one line, where the model's own code fails, or engine and trainer disagree about log
@@ -1350,6 +1350,7 @@ def try_model(policy: Policy, engine, config: Config, tasks: list[Task], limit: 
             max_new_tokens=min(16, config.max_new_tokens), seeds=[[0, 1], [2, 3]],
             bar=partial(tqdm, disable=True),
         )
+        engine.sleep()  # as before every update: its memory may be needed
         groups = [Group(**vars(task), samples=samples) for task, samples in zip(tried, drawn)]
         lengths = [[len(sample.token_ids) for sample in group.samples] for group in groups]
         examples = make_examples(groups, torch.ones(2, 2), all_tokens(lengths), lengths)
@@ -1374,7 +1375,7 @@ def try_model(policy: Policy, engine, config: Config, tasks: list[Task], limit: 
 
 
 def introduce(run: Run) -> None:
-    """What is about to happen, three problems, and the first rendered prompt."""
+    """Prints the run's main settings, three problems and the first prompt."""
     config = run.config
     millions = sum(p.numel() for p in run.model.parameters()) / 1e6
     compute = "bf16" if run.optimizer.bf16 else "fp32"

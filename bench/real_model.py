@@ -22,8 +22,8 @@ stage would learn anything. Hence, each in --work, and skipped where its result 
 
 The rate: where GRPO, at a seed of its own, solves most held-out problems in the end. Twelve runs
 share one card only with small micro-batches: 4,096 tokens took 8.8 GiB in fp32 [measured], and
-8,192 take that in bf16, in which a GPU computes. A CPU takes --train_flags "--micro_batch_tokens
-2048".
+8,192 should in bf16, in which a GPU computes [estimate]. A CPU needs --train_flags
+"--micro_batch_tokens 2048".
 """
 
 import argparse
