@@ -1,66 +1,95 @@
-"""A miniature study of ScRPO on the embedded toy: does it help, how much, which part? See STUDY.md.
+"""A miniature study of ScRPO on the toy: does it help, and what teaches what? See STUDY.md.
 
     pip install -r bench/requirements.txt
-    python bench/study.py                      # what is missing of the core: 80 minutes on 2 cores
-    python bench/study.py --groups rates pool  # the sweeps: as long again
-    python bench/study.py --groups             # no runs, only tables and figure of what is there
-    python bench/study.py --groups --output bench          # publish them in bench/RESULTS.md
+    python bench/study.py                          # runs what bench/study.csv does not have yet
+    python bench/study.py --groups mechanism       # this group only
+    python bench/study.py --groups --output bench  # no runs: CSV, tables and pictures into bench/
 
-1. An *arm* is a method under a budget: flags of train.py, and perhaps a fork of a few lines. Each
-   run of an arm at a seed is a process of its own that calls train.main; its result is one file in
-   runs/study, named by all its flags. Kill the study at any time: the same command goes on, and
-   loses at most the runs in progress (half a minute). Delete the folder when train.py changes.
-2. Budgets are spent, not planned: a fork of both stages counts samples, stage-1 questions,
-   corrections or seconds, lets the learning rate fall as a cosine of the share spent, and ends
-   the run when all is spent. Not a constant rate, under which one run would serve all budgets:
-   accuracy then jumps by 0.2 between steps. Not fixed numbers of steps: DAPO's samples and ScRPO's
-   questions a step are known only when drawn.
-3. The same seed means the same order of questions and the same seeds of samples in every arm, so
-   tests are paired over seeds 0, 1, ..., n-1. The budget was chosen by GRPO alone at seed 100.
+1. An *arm* is a method under a budget: a policy, flags of train.py, and perhaps other tokens that
+   get the credit. Each run of an arm at a seed is a process of its own that calls train.main; its
+   result is a file in the work folder, and with --output bench a line of bench/study.csv. Kill the
+   study at any time: the same command continues, and loses at most the runs in progress (a minute).
+   Delete study.csv and the work folder to run everything again.
+2. Budgets are spent, not planned: both stages are wrapped so that they count samples, stage-1
+   questions, corrections or seconds. The learning rate falls as a cosine of the share spent, and
+   the run ends when all is spent. A constant rate would let one run serve all budgets, but accuracy
+   then jumps by 0.2 between steps; numbers of steps cannot be fixed, because DAPO's samples and
+   ScRPO's questions a step are known only when drawn.
+3. The same seed means the same policy, the same order of questions and the same seeds of samples in
+   every arm, so tests are paired over seeds 0, 1, ..., n-1. The budget was chosen by GRPO alone at
+   seed 100.
 """
 
 import argparse
+import difflib
 import json
 import math
+import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from zlib import crc32
 
-import numpy as np
-import pandas as pd
-from tqdm import tqdm
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["OMP_NUM_THREADS"] = "1"  # the last bit of a sum, and so a sample, depends on it
+
+import matplotlib  # noqa: E402
+import numpy as np  # noqa: E402
+import pandas as pd  # noqa: E402
+import torch  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from torch.nn.utils.rnn import pad_sequence  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import reward  # noqa: E402
+import rollout  # noqa: E402
+import train  # noqa: E402
+from toy import make_toy  # noqa: E402
+
+TABLE = ROOT / "bench/study.csv"  # every run's settings and measures
 GROUPS = {
     "budgets": "Equal samples, equal stage-1 questions, or equal seconds",
-    "stage2": "Stage 2 alone: no gradient from stage 1, equal corrections",
+    "mechanism": "Stage 2 alone: three kinds of analysis, by which tokens get the credit",
+    "remedy": "Stage 2 alone: no credit to what the analysis quotes",
+    "methods": "Both stages, by kind of analysis",
+    "long": "Stage 2 alone, as long as the first look: 60 steps of 256 corrections",
+    "rate": "Stage 2 alone at a quarter of the learning rate",
     "scarce": "Scarce labels: 32 training questions, another 32 at each seed",
-    "hard": "Scarce labels, longer sums, a shakier start",
-    "rates": "Learning rates (5e-4 where none is named)",
-    "pool": "Pool trigger (else 32) and errors per question (else 1), equal samples",
 }
-BASE = ("--schedule constant --steps 2000 --save_every 100000 --eval_every 0 "
-        "--eval_questions 1000 --learning_rate 5e-4")  # fmt: skip
-# Of make_toy.py, for the group `hard`: longer sums, other misconceptions, less training.
-HARD = "--digits 4 --seed 1 --steps 400"
+KINDS = ("recompute", "quote", "verdict")  # of analyses, see toy/make_toy.py
+BASE = (
+    "--schedule constant --steps 2000 --save_every 100000 --eval_every 0 "
+    "--eval_questions 1000 --learning_rate 5e-4"
+)
 # Seconds of a step of 256 samples with its update, on one core of the machine that the first
 # edition was measured on. Charged, not measured, so that the tables do not depend on the machine.
 PRICES = {"stage 1": 0.783, "stage 1, dapo": 1.365, "stage 2": 1.783}
-MEASURES = ("accuracy", "fixed errors corrected", "own errors corrected", "right answers spoiled")
-SOLVED, CORRECTED, OWN, SPOILED = MEASURES
-FIXED, AT_RISK = 300, 200  # errors of the untrained policy, right answers; of 1,000 problems
+SOLVED = "accuracy"
+CORRECTED = "fixed errors corrected"
+OWN = "own errors corrected"
+SPOILED = "right answers spoiled"
+MEASURES = [SOLVED, CORRECTED, OWN, SPOILED]
+CALLED_WRONG = "wrong steps called wrong"
+CALLED_RIGHT = "right steps called right"
+WELL_FORMED = "well-formed"
+RIGHT = "log p, right value in solution"
+MISCONCEIVED = "log p, misconceived value in solution"
+FIXED = 300  # errors of the untrained policy, on held-out problems
+AT_RISK = 200  # right answers that the policy is asked to correct
+PROBED = 100  # of the fixed errors: log p of the values, and gradients
+COLUMNS = "wrong steps|right steps|well-formed|log p|cosine|spent"  # kept beside MEASURES
 UNITS = ("samples", "questions", "seconds")  # questions of stage 1
-CREDIT = {"analysis": "", "all tokens": " --credit response",
-          "both signs": " --success_conditioned False"}  # fmt: skip
-RATES, MORE_RATES = ("2.5e-4", "5e-4"), ("1.25e-4", "1e-3")  # the latter in the sweeps
-ALL_RATES = (*RATES, *MORE_RATES)
-SETTINGS = ("pool_trigger 64", "pool_trigger 128", "errors_per_question 2", "errors_per_question 8")
+CORRECTIONS = 24 * 128  # of a run with stage 2 alone
+PRINTED = "printed"  # in place of a run's settings: the accuracy that the first edition printed
+QUOTE = 8  # tokens of a common span, at least, that are a quote; a step of the toy has 11
 
 
 # --------------------------------------------------------------------------- 1. arms and claims
@@ -72,19 +101,23 @@ class Arm:
     unit: str  # of the budget: samples, questions (of stage 1), corrections, or seconds
     budget: float
     flags: str  # of train.py; a later one wins
-    fork: str = ""  # a control: random tokens or random success
+    fork: str = ""  # a name in FORKS
+    kind: str = "recompute"  # what the policy's analyses say
+    two_policies: bool = False  # even seeds start from the policy of make_toy's seed 0, odd of 1
 
 
 def make_arms() -> dict[str, Arm]:
-    """{name: arm}. GRPO's 24 steps are the measure of all three budgets, so it is run once; DAPO
-    pays a sample and a question alike. The controls are there to refute a claim."""
+    """{name: arm}. GRPO's 24 steps are the measure of all three budgets, so GRPO is run once; DAPO
+    pays a sample and a question alike."""
     size = "--questions_per_step 32 --group_size 8 --pool_trigger 32"
-    half = "--questions_per_step 16 --group_size 8 --pool_trigger 16"
-    budget = {"samples": 24 * 256, "questions": 24 * 32, "seconds": 24 * PRICES["stage 1"]}
-    samples = budget["samples"]
+    samples = 24 * 256
+    questions = 24 * 32
+    budget = {"samples": samples, "questions": questions, "seconds": 24 * PRICES["stage 1"]}
+    ten = f"{size} --algorithm grpo --group_size 10"
     arms = {
         "vanilla": Arm("budgets", "samples", 0, f"{size} --steps 0"),
         "GRPO": Arm("budgets", "samples", samples, f"{size} --algorithm grpo"),
+        "GRPO, G = 10": Arm("budgets", "questions", questions, ten),
         "DAPO": Arm("budgets", "samples", samples, f"{size} --algorithm dapo"),
         "DAPO, seconds": Arm("budgets", "seconds", budget["seconds"], f"{size} --algorithm dapo"),
         "ScRPO without filter": Arm("budgets", "samples", samples, f"{size} --min_variance 0"),
@@ -92,84 +125,129 @@ def make_arms() -> dict[str, Arm]:
     for unit in UNITS:
         arms[f"ScRPO, {unit}"] = Arm("budgets", unit, budget[unit], size)
 
+    half = "--questions_per_step 16 --group_size 8 --pool_trigger 16"
     # Every wrong response is kept, so that the untrained stage 1 costs few rollouts.
-    alone = f"{size} --train_stages 2 --errors_per_question 8 --learning_rate"
-    for credit, flags in CREDIT.items():
-        for rate in ALL_RATES:
-            group, trained = "stage2" if rate in RATES else "rates", f"{alone} {rate}{flags}"
-            arms[f"{credit}, {rate}"] = Arm(group, "corrections", 20 * 256, trained)
-    for control in ("random tokens", "random success"):
-        arms[control] = Arm("stage2", "corrections", 20 * 256, f"{alone} 5e-4", control)
+    alone = f"{half} --train_stages 2 --errors_per_question 8 --eval_questions 500"
+    stage2 = (  # (group, name, flags, fork)
+        ("mechanism", "analysis", "", ""),
+        ("mechanism", "all tokens", " --credit response", ""),
+        ("mechanism", "corrected solution", "", "corrected solution"),
+        ("mechanism", "random tokens", "", "random tokens"),
+        ("mechanism", "both signs", " --success_conditioned False", ""),
+        ("remedy", "no quotes", "", "no quotes"),
+        ("rate", "analysis, 1.25e-4", " --learning_rate 1.25e-4", ""),
+        ("rate", "all tokens, 1.25e-4", " --learning_rate 1.25e-4 --credit response", ""),
+    )
+    for kind in KINDS:
+        untrained = Arm("mechanism", "corrections", 0, f"{alone} --steps 0", "", kind, True)
+        arms[f"{kind}: vanilla"] = untrained
+        for group, name, flags, fork in stage2:
+            arm = Arm(group, "corrections", CORRECTIONS, f"{alone}{flags}", fork, kind, True)
+            arms[f"{kind}: {name}"] = arm
+        look = f"{size} --train_stages 2 --errors_per_question 8 --eval_questions 500"
+        long = Arm("long", "corrections", 60 * 256, look, "", kind, True)
+        arms[f"{kind}: analysis, 60 x 256"] = long
+
+    both_stages = (  # (name, unit, flags)
+        ("GRPO", "samples", " --algorithm grpo"),
+        ("ScRPO, samples", "samples", ""),
+        ("ScRPO, questions", "questions", ""),
+        ("ScRPO, prefix", "samples", " --analysis_span prefix"),
+    )
+    for kind in ("quote", "verdict"):
+        for name, unit, flags in both_stages:
+            arm = Arm("methods", unit, budget[unit], f"{size}{flags}", "", kind, True)
+            arms[f"{kind}: {name}"] = arm
 
     # 16 steps of half the size, a third of the budget, see each of 32 questions 8 times.
-    arms["hard vanilla"] = Arm("hard", "samples", 0, f"{half} --steps 0")
-    for name in ("scarce", "hard"):
-        arms[f"{name} GRPO"] = Arm(name, "samples", samples / 3, f"{half} --algorithm grpo")
-        for unit in UNITS:
-            third, keeping_all = budget[unit] / 3, f"{half} --errors_per_question 8"
-            arms[f"{name} ScRPO, {unit}"] = Arm(name, unit, third, half)
-            arms[f"{name} ScRPO all errors, {unit}"] = Arm(name, unit, third, keeping_all)
-
-    for rate in MORE_RATES:
-        at = f"{size} --learning_rate {rate}"
-        for method in ("GRPO", "DAPO", "ScRPO"):
-            flags = f"{at} --algorithm {method.lower()}"
-            arms[f"{method} at {rate}"] = Arm("rates", "samples", samples, flags)
-        arms[f"ScRPO at {rate}, questions"] = Arm("rates", "questions", budget["questions"], at)
-    for setting in SETTINGS:
-        arms[setting] = Arm("pool", "samples", samples, f"{size} --{setting}")
+    arms["scarce GRPO"] = Arm("scarce", "samples", samples / 3, f"{half} --algorithm grpo")
+    for unit in UNITS:
+        arms[f"scarce ScRPO, {unit}"] = Arm("scarce", unit, budget[unit] / 3, half)
     return arms
 
 
+def make_claims() -> list[tuple]:
+    """(claim, measure, arm, the arm that is subtracted): the difference that would show it."""
+    claims = [
+        ("GRPO learns", SOLVED, "GRPO", "vanilla"),
+        ("ScRPO learns", SOLVED, "ScRPO, samples", "vanilla"),
+    ]
+    for claim, measure in (("solves more", SOLVED), ("corrects more errors", CORRECTED)):
+        claims += [
+            (f"ScRPO {claim} than GRPO, equal samples", measure, "ScRPO, samples", "GRPO"),
+            ("... equal questions", measure, "ScRPO, questions", "GRPO"),
+            ("... equal questions and samples", measure, "ScRPO, questions", "GRPO, G = 10"),
+            ("... equal seconds", measure, "ScRPO, seconds", "GRPO"),
+        ]
+    claims += [
+        ("DAPO solves more than GRPO", SOLVED, "DAPO", "GRPO"),
+        ("... equal seconds", SOLVED, "DAPO, seconds", "GRPO"),
+        ("the variance filter helps", SOLVED, "ScRPO, samples", "ScRPO without filter"),
+    ]
+    of_kind = (  # (claim, measure, arm, other) for each kind of analysis
+        ("learning to diagnose teaches to solve", SOLVED, "analysis", "vanilla"),
+        ("... to correct", CORRECTED, "analysis", "vanilla"),
+        ("... to find wrong steps", CALLED_WRONG, "analysis", "vanilla"),
+        ("... to pass right steps", CALLED_RIGHT, "analysis", "vanilla"),
+        ("... to believe right values", RIGHT, "analysis", "vanilla"),
+        ("... to believe misconceived values", MISCONCEIVED, "analysis", "vanilla"),
+        ("credit to the analysis beats all tokens", SOLVED, "analysis", "all tokens"),
+        ("... the corrected solution", SOLVED, "analysis", "corrected solution"),
+        ("... as many random tokens", SOLVED, "analysis", "random tokens"),
+        ("... both signs", SOLVED, "analysis", "both signs"),
+        ("all tokens teach to solve", SOLVED, "all tokens", "vanilla"),
+        ("no credit to quotes is better", SOLVED, "no quotes", "analysis"),
+        ("... than no training", SOLVED, "no quotes", "vanilla"),
+        ("... with 60 x 256 corrections", SOLVED, "analysis, 60 x 256", "vanilla"),
+        ("a quarter of the rate teaches too", SOLVED, "analysis, 1.25e-4", "vanilla"),
+        ("ScRPO solves more than GRPO, equal samples", SOLVED, "ScRPO, samples", "GRPO"),
+        ("... equal questions", SOLVED, "ScRPO, questions", "GRPO"),
+        ("credit before the analysis helps", SOLVED, "ScRPO, prefix", "ScRPO, samples"),
+    )
+    for kind in KINDS:
+        for claim, measure, arm, other in of_kind:
+            if f"{kind}: {arm}" in ARMS:
+                claims.append((claim, measure, f"{kind}: {arm}", f"{kind}: {other}"))
+    for unit in UNITS:
+        claim = f"ScRPO solves more with scarce labels, equal {unit}"
+        claims.append((claim, SOLVED, f"scarce ScRPO, {unit}", "scarce GRPO"))
+    return claims
+
+
 ARMS = make_arms()
-CLAIMS = (  # in the paper's words or ours; the difference that would show it; for each of these
-    ("GRPO learns", SOLVED, "{}", "vanilla", ["GRPO"]),
-    ("ScRPO learns", SOLVED, "ScRPO, {}", "vanilla", UNITS),
-    ("ScRPO solves more than GRPO", SOLVED, "ScRPO, {}", "GRPO", UNITS),
-    ("... at other learning rates too", SOLVED, "ScRPO at {}", "GRPO at {}", MORE_RATES),
-    ("... at other learning rates too", SOLVED, "ScRPO at {}, questions", "GRPO at {}", MORE_RATES),
-    ("ScRPO corrects more errors than GRPO", CORRECTED, "ScRPO, {}", "GRPO", UNITS),
-    ("... solves more with scarce labels too", SOLVED, "scarce ScRPO, {}", "scarce GRPO", UNITS),
-    ("... keeping all errors", SOLVED, "scarce ScRPO all errors, {}", "scarce GRPO", UNITS),
-    ("... with scarce labels and longer sums too", SOLVED, "hard ScRPO, {}", "hard GRPO", UNITS),
-    ("... keeping all errors", SOLVED, "hard ScRPO all errors, {}", "hard GRPO", UNITS),
-    ("DAPO solves more than GRPO", SOLVED, "{}", "GRPO", ["DAPO", "DAPO, seconds"]),
-    ("learning to diagnose teaches to solve", SOLVED, "analysis, {}", "vanilla", RATES),
-    ("... because success means something", SOLVED, "analysis, {}", "random success", ["5e-4"]),
-    ("... because the analysis gets the credit", SOLVED, "analysis, {}", "random tokens", ["5e-4"]),
-    ("credit for analyses beats all tokens", SOLVED, "analysis, {}", "all tokens, {}", ALL_RATES),
-    ("credit for success beats both signs", SOLVED, "analysis, {}", "both signs, {}", ALL_RATES),
-    ("the variance filter helps", SOLVED, "ScRPO, {}", "ScRPO without filter", ["samples"]),
-    ("another pool is better", SOLVED, "{}", "ScRPO, samples", SETTINGS),
-)  # fmt: skip
+CLAIMS = make_claims()
 
 
 # ---------------------------------------------------------------------- 2. one run, and its forks
 
 
-def within_budget(train, arm: Arm) -> None:
-    """Forks both stages of train.py: they count what they spend, and set rate and end by it."""
-    spent, peak = Counter(), None
+def within_budget(arm: Arm) -> None:
+    """Wraps both stages of train.py: they count what they spend, and set rate and end by it."""
+    spent = Counter()
+    peak = None
 
     def budgeted(stage):
         def act(run, step):
             nonlocal peak
-            config, state = run.config, run.state
+            config = run.config
+            state = run.state
             peak = peak or config.learning_rate
             share = min(1.0, spent[arm.unit] / arm.budget)
             config.learning_rate = peak * 0.5 * (1 + math.cos(math.pi * share))
-            samples, questions = state.samples, state.questions
+            samples_before = state.samples
+            questions_before = state.questions
             groups, examples, metrics = stage(run, step)
-            drawn = state.samples - samples  # DAPO's discarded ones too
-            kind = f"stage {state.stage}" + (", dapo" if config.algorithm == "dapo" else "")
-            spent.update(
-                samples=drawn,
-                questions=state.questions - questions,
-                corrections=drawn if state.stage == 2 else 0,
-                steps=1,
-                seconds=PRICES[kind] * config.questions_per_step * config.group_size / 256,
-            )
-            spent["stage-2 steps"] += state.stage == 2
+            kind = f"stage {state.stage}"
+            if config.algorithm == "dapo":
+                kind += ", dapo"
+            drawn = state.samples - samples_before  # DAPO's discarded ones too
+            spent["steps"] += 1
+            spent["samples"] += drawn
+            spent["questions"] += state.questions - questions_before
+            spent["seconds"] += PRICES[kind] * config.questions_per_step * config.group_size / 256
+            if state.stage == 2:
+                spent["stage-2 steps"] += 1
+                spent["corrections"] += drawn
             if spent[arm.unit] >= arm.budget - 1e-9:
                 config.steps = step  # the loop takes this step for its last
             return groups, examples, metrics | {f"spent {name}": spent[name] for name in spent}
@@ -180,111 +258,261 @@ def within_budget(train, arm: Arm) -> None:
     train.self_correction = budgeted(train.self_correction)
 
 
-def random_tokens(train, seed: int) -> None:
-    """Control: the credit of a mask goes to as many tokens drawn at random from the whole response.
-    Where all tokens have it, as in stage 1, nothing changes."""
-    rng, original = np.random.default_rng(seed), train.make_examples
+def random_tokens(mask, sample, prompt, rng):
+    """As many tokens as the mask has, drawn from the whole correction."""
+    moved = mask.new_zeros(len(sample.token_ids))
+    moved[rng.choice(len(moved), int(mask.sum()), replace=False)] = True
+    return moved
 
-    def moved(mask, length):
-        new = mask.new_zeros(length)
-        new[rng.choice(length, int(mask.sum()), replace=False)] = True
-        return new
 
-    def make_examples(groups, advantages, masks, counted):
-        masks = [[moved(mask, len(sample.token_ids)) for mask, sample in zip(row, group.samples)]
-                 for row, group in zip(masks, groups)]  # fmt: skip
-        return original(groups, advantages, masks, counted)
+def corrected_solution(mask, sample, prompt, rng):
+    """Everything after the analysis."""
+    moved = mask.new_zeros(len(sample.token_ids))
+    moved[sample.analysis[1] :] = True
+    return moved
+
+
+def no_quotes(mask, sample, prompt, rng):
+    """The mask without the spans of the analysis that stand in the prompt, in the same order."""
+    start, end = sample.analysis
+    matcher = difflib.SequenceMatcher(None, sample.token_ids[start:end], prompt, autojunk=False)
+    moved = mask.clone()
+    for block in matcher.get_matching_blocks():
+        if block.size >= QUOTE:
+            first = start + block.a
+            moved[first : first + block.size] = False
+    return moved
+
+
+FORKS = {
+    "random tokens": random_tokens,
+    "corrected solution": corrected_solution,
+    "no quotes": no_quotes,
+}
+
+
+def redirect_credit(fork: str, seed: int) -> None:
+    """The credit of each analysis goes to other tokens of its correction. Stage 1 stays."""
+    move = FORKS[fork]
+    rng = np.random.default_rng(seed)
+    original = train.make_examples
+
+    def make_examples(groups, advantages, masks, denominator_tokens):
+        moved = []
+        for group, row in zip(groups, masks):
+            new = list(row)
+            for i, sample in enumerate(group.samples):
+                if sample.analysis is not None and row[i].any():
+                    new[i] = move(row[i], sample, group.prompt, rng)
+            moved.append(new)
+        return original(groups, advantages, moved, denominator_tokens)
 
     train.make_examples = make_examples
 
 
-def random_success(train, seed: int) -> None:
-    """Control: within each group of corrections the verdicts are dealt out again at random. The
-    rate of success, the groups that carry gradient, and the sizes of advantages stay; who is
-    rewarded has nothing to do with being right."""
-    rng, original = np.random.default_rng(seed), train.sample_groups
+class WholeNumbers(ExitStack):
+    """A grader of whole numbers, all that the toy answers, without reward.Grader's processes."""
 
-    def sample_groups(*arguments, span=None, step=0, **options):
-        groups = original(*arguments, span=span, step=step, **options)
-        if span and step > 0:  # corrections, and not those of an evaluation
-            for group in groups:
-                order = rng.permutation(len(group.verdicts))
-                group.verdicts = [group.verdicts[i] for i in order]
-        return groups
-
-    train.sample_groups = sample_groups
+    def verdicts(self, responses, golds, problems=None):
+        answers = [reward.final_answer(response) or "" for response in responses]
+        right = [answer.lstrip("0") == gold for answer, gold in zip(answers, golds)]
+        return ["right" if r else "wrong" for r in right]
 
 
-def measure(run, train, fixed: Path) -> dict:
-    """What is measured of a policy, in place of train.py's evaluation: the same seeds for all arms
-    at a seed of the run. `fixed`: file of the errors that all runs correct, wrong answers of the
-    untrained policy to held-out problems; where it is not there, this run makes it."""
-    from evaluate import correction_tasks, records
-    from rollout import Task
-
-    config = run.config
-
-    def sample(tasks, seed, span=None):
-        return train.sample_groups(
-            run.engine, run.tokenizer, run.grader, tasks, range(1), seed=seed, span=span,
-            temperature=config.temperature, max_new_tokens=config.max_new_tokens,
-        )  # fmt: skip
-
-    def corrected(tasks):
-        rewards = [group.rewards for group in sample(tasks, config.seed, "sections")]
-        return float(np.mean(rewards)) if rewards else math.nan
-
-    def to_correct(answers, reward):
-        asked = records([group for group in answers if group.rewards == [reward]])
-        context = run.engine.max_context
-        return correction_tasks(run.tokenizer, asked, config.max_new_tokens, context)
-
-    run.engine.update_weights(run.model)
-    if run.state.step == 0 and not fixed.exists():  # the untrained policy, so always the same
-        errors = to_correct(sample(run.eval_tasks, seed=1_000_003), reward=0)
-        write_whole(fixed, [asdict(task) for task in errors[:FIXED]])
-    measured = {}
-    if run.state.step == config.steps:  # before training all arms are `vanilla`, which has no steps
-        answers = sample(run.eval_tasks, config.seed)
-        measured = {
-            SOLVED: float(np.mean([group.rewards for group in answers])),
-            CORRECTED: corrected([Task(**task) for task in json.loads(fixed.read_text())]),
-            OWN: corrected(to_correct(answers, reward=0)),
-            SPOILED: 1 - corrected(to_correct(answers, reward=1)[:AT_RISK]),
-        }
-    run.engine.sleep()
-    return measured
+def policy_of(arm: Arm, seed: int, work: Path) -> Path:
+    """The folder of the policy and its problems that an arm starts from."""
+    number = 0
+    if arm.two_policies:
+        number = seed % 2
+    if arm.kind == "recompute" and number == 0:
+        return ROOT / "toy"
+    return work / f"policies/{arm.kind}-{number}"
 
 
 def one_run(name: str, seed: int, work: Path) -> None:
     """In a process of its own: trains, measures, writes the result."""
-    sys.path.insert(0, str(ROOT))
-    import train
-
     arm = ARMS[name]
-    toy = work / "hard" if arm.group == "hard" else ROOT / "toy"
+    policy = policy_of(arm, seed, work)
+    within_budget(arm)
     if arm.fork:
-        {"random tokens": random_tokens, "random success": random_success}[arm.fork](train, seed)
-    within_budget(train, arm)
-    train.evaluate_policy = lambda run: measure(run, train, work / f"fixed-errors-{toy.name}.json")
+        redirect_credit(arm.fork, seed)
+    reward.Grader = WholeNumbers
+    train.evaluate_policy = lambda run: measure(run, arm, work / f"fixed-{policy.name}.json")
     train.summary = lambda run: None  # it would look for train.py's own evaluation
-    with tempfile.TemporaryDirectory() as folder:
-        data = toy / "train.jsonl"
-        if arm.group in ("scarce", "hard"):  # the same 32 questions for all arms at a seed
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
+        data = policy / "train.jsonl"
+        if arm.group == "scarce":  # the same 32 questions for all arms at a seed
             lines = data.read_text().splitlines(keepends=True)
             data = Path(folder) / "few.jsonl"
             data.write_text("".join(lines[seed * 32 :][:32]))
-        train.main([
-            *BASE.split(), *arm.flags.split(), f"--model={toy}", f"--train_data={data}",
-            f"--eval_data={toy}/test.jsonl", f"--seed={seed}", f"--output_dir={folder}/run",
-        ])  # fmt: skip
+        flags = [
+            str(ROOT / "configs/toy.yaml"), *BASE.split(), *arm.flags.split(),
+            f"--model={policy}", f"--train_data={data}", f"--eval_data={policy}/test.jsonl",
+            f"--seed={seed}", f"--output_dir={folder}/run",
+        ]  # fmt: skip
+        with redirect_stdout(nowhere), redirect_stderr(nowhere):
+            train.main(flags)
         last = json.loads((Path(folder) / "run/metrics.jsonl").read_text().splitlines()[-1])
     if CORRECTED not in last:
-        sys.exit("error: a signal stopped the run before its end")
+        raise RuntimeError(f"{name}, seed {seed}: a signal stopped the run before its end")
     write_whole(result_file(work, name, seed), last)
 
 
-# ----------------------------------------------------------------------------------- 3. all runs
+# ----------------------------------------------------------------------------------- 3. measures
+
+
+def measure(run, arm: Arm, fixed: Path) -> dict:
+    """In place of train.py's evaluation: MEASURES, and what explains them, after training."""
+    config = run.config
+
+    def sample(tasks, span=None, seed=config.seed, samples=range(1)):
+        return rollout.sample_groups(
+            run.engine, run.tokenizer, run.grader, tasks, samples, seed=seed, span=span,
+            temperature=config.temperature, max_new_tokens=config.max_new_tokens,
+        )  # fmt: skip
+
+    def correct(answers, samples=range(1)):
+        tasks = []
+        for problem, answer, response, question in answers:
+            tasks.append(rollout.correction_task(
+                run.tokenizer, problem, answer, response, question, corrects=0
+            ))  # fmt: skip
+        return sample(tasks, config.analysis_span, samples=samples)
+
+    def finished(groups, wanted):
+        """(problem, answer, response, question) of each group whose one sample has this reward."""
+        found = []
+        for group in groups:
+            (only,) = group.samples
+            if only.finished and only.reward == wanted:
+                found.append((group.problem, group.answer, only.text, group.question))
+        return found
+
+    run.engine.update_weights(run.model)
+    measured = {}
+    if run.state.step == 0 and not fixed.exists():  # the untrained policy, so always the same
+        errors = finished(sample(run.eval_tasks, seed=1_000_003), wanted=0)
+        write_whole(fixed, errors[:FIXED])
+    if run.state.step == config.steps:  # before training all arms are `vanilla`, which has no steps
+        answers = sample(run.eval_tasks)
+        errors = json.loads(fixed.read_text())
+        corrections = correct(errors)
+        measured = {
+            SOLVED: share_right(answers),
+            CORRECTED: share_right(corrections),
+            OWN: share_right(correct(finished(answers, wanted=0))),
+            SPOILED: 1 - share_right(correct(finished(answers, wanted=1)[:AT_RISK])),
+        }
+        if arm.two_policies:
+            measured |= explain(run, arm.kind, errors, corrections, correct)
+    run.engine.sleep()
+    return measured
+
+
+def explain(run, kind: str, errors, corrections, correct) -> dict:
+    """What the analyses of these errors say, and what the policy believes of the values there."""
+    wrongs = [make_toy.read_steps(problem, response) for problem, _, response, _ in errors]
+    measured = what_analyses_say(corrections, wrongs)
+    readable = [(error[0], *wrong) for error, wrong in zip(errors, wrongs) if wrong]
+    for where in ("solution", "analysis", "corrected solution"):
+        if (kind, where) != ("verdict", "analysis"):  # it has no values
+            with torch.no_grad():
+                values = log_p_of_values(run, readable[:PROBED], kind, where)
+            for which, logp in values.items():
+                measured[f"log p, {which} value in {where}"] = logp.mean().item()
+    if run.config.steps == 0:  # the policy that all arms of this kind start from
+        successful = []
+        for group, wrong in zip(correct(errors[: PROBED // 2], samples=range(4)), wrongs):
+            for sample in group.samples:
+                if wrong and sample.reward == 1:
+                    successful.append((group.prompt, sample.token_ids, (group.problem, *wrong)))
+        measured |= cosines(run, successful[:PROBED], kind)
+    return measured
+
+
+def share_right(groups) -> float:
+    """nan where nothing was asked."""
+    if not groups:
+        return math.nan
+    return float(np.mean([group.rewards for group in groups]))
+
+
+def what_analyses_say(corrections, wrongs: list) -> dict:
+    """Shares of wrong and of right steps that are judged rightly, and of corrections in form."""
+    called = {True: [], False: []}  # is the step wrong? -> is it judged rightly?
+    for group, wrong in zip(corrections, wrongs):
+        if wrong:
+            for is_wrong, said in make_toy.read_judgements(group.samples[0].text, *wrong):
+                called[is_wrong].append(said is is_wrong)
+    in_form = [group.samples[0].analysis is not None for group in corrections]
+    return {
+        CALLED_WRONG: float(np.mean(called[True])),
+        CALLED_RIGHT: float(np.mean(called[False])),
+        WELL_FORMED: float(np.mean(in_form)),
+    }
+
+
+def log_p(model, rows: list[tuple]):
+    """log p of the tokens of each continuation after its prompt, [rows, longest], then zeros."""
+    ids = pad_sequence([torch.tensor(prompt + after) for prompt, after in rows], batch_first=True)
+    logp = model(input_ids=ids).logits[:, :-1].float().log_softmax(-1)  # the padding comes last
+    logp = logp.gather(-1, ids[:, 1:, None])[..., 0]
+    parts = []
+    for row, (prompt, after) in zip(logp, rows):
+        start = len(prompt) - 1
+        parts.append(row[start : start + len(after)])
+    return pad_sequence(parts, batch_first=True)
+
+
+def log_p_of_values(run, errors, kind: str, where: str) -> dict:
+    """{right or misconceived: log p of this value of the first wrong step, [errors]}; `where` is
+    the text that it stands in. errors: (problem, steps, right steps) each."""
+    rows = {"right": [], "misconceived": []}
+    for problem, steps, truth in errors:
+        user_turn, text, *values = make_toy.until_wrong_value(problem, steps, truth, where, kind)
+        prompt = rollout.render(run.tokenizer, user_turn) + run.tokenizer.encode(text)
+        for which, value in zip(rows, values):
+            rows[which].append((prompt, run.tokenizer.encode(value)))
+    return {which: log_p(run.model, of_value).sum(1) for which, of_value in rows.items()}
+
+
+def cosines(run, corrections, kind: str) -> dict:
+    """Cosines between two gradients: of log p of some tokens of successful corrections, along which
+    credit moves the policy, and of log p of a value in a solution, right or misconceived.
+
+    corrections  (prompt, token ids, (problem, steps, right steps)) each
+    """
+
+    def gradient(value):
+        parts = torch.autograd.grad(value, list(run.model.parameters()), retain_graph=True)
+        return torch.cat([part.flatten() for part in parts])
+
+    places = {"analysis of wrong steps": [], "analysis of right steps": [], "solution": []}
+    for row, (_, ids, (_, steps, truth)) in enumerate(corrections):
+        line = 0  # the analysis' header; its steps are lines 1, 2, ...
+        for t, token in enumerate(ids):
+            name = "solution"
+            if 0 < line <= len(steps):
+                name = "analysis of right steps"
+                if steps[line - 1][-1] != truth[line - 1][-1]:
+                    name = "analysis of wrong steps"
+            if line > 0:
+                places[name].append((row, t))
+            line += run.tokenizer.decode([token]).count("\n")
+    logp = log_p(run.model, [(prompt, ids) for prompt, ids, _ in corrections])
+    values = log_p_of_values(run, [error for *_, error in corrections], kind, "solution")
+    measured = {}
+    for which, value in values.items():
+        along = gradient(value.sum())
+        for name, tokens in places.items():
+            sequences, columns = torch.tensor(tokens).T
+            credit = gradient(logp[sequences, columns].sum())
+            cosine = torch.cosine_similarity(credit, along, dim=0).item()
+            measured[f"cosine, {name} and {which} value"] = cosine
+    return measured
+
+
+# ----------------------------------------------------------------------------------- 4. all runs
 
 
 def write_whole(path: Path, value) -> None:
@@ -294,54 +522,151 @@ def write_whole(path: Path, value) -> None:
     part.replace(path)
 
 
+def settings(name: str) -> str:
+    """Of all that a result of this arm depends on, so that a changed arm is run again."""
+    return f"{crc32(repr((ARMS[name], BASE, PRICES, FIXED, AT_RISK)).encode()):08x}"
+
+
 def result_file(work: Path, name: str, seed: int) -> Path:
-    """Named by all that a result depends on, so that a changed arm is run again."""
-    digest = crc32(repr((ARMS[name], BASE, PRICES, HARD, FIXED, AT_RISK)).encode())
-    return work / f"{name.replace(' ', '-').replace(',', '')}-seed{seed}-{digest:08x}.json"
+    return work / f"{re.sub('[^a-zA-Z0-9.]+', '-', name)}-seed{seed}-{settings(name)}.json"
+
+
+def make_policy(policy: Path) -> None:
+    """Trains the policy of this folder, if it is not there: minutes."""
+    if policy.exists():
+        return
+    kind, number = policy.name.split("-")
+    part = policy.with_suffix(".part")
+    make = [sys.executable, ROOT / "toy/make_toy.py", "--analysis", kind, "--seed", number]
+    subprocess.run([*make, "--measure", "300", "--output", part], check=True)
+    part.rename(policy)
 
 
 def run_all(names: list[str], seeds: range, jobs: int, work: Path) -> None:
-    """Runs what has no result yet, `jobs` at a time, each in a process with one thread."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    missing = [(name, seed) for seed in seeds for name in names
-               if not result_file(work, name, seed).exists()]  # fmt: skip
-    hard = work / "hard"
-    if any(ARMS[name].group == "hard" for name, _ in missing) and not hard.exists():
-        make = [sys.executable, str(ROOT / "toy/make_toy.py"), *HARD.split(), "--measure", "200"]
-        subprocess.run([*make, "--output", f"{hard}.part"], env=environment, check=True)
-        Path(f"{hard}.part").rename(hard)
-
-    def run(name, seed):
-        command = [sys.executable, sys.argv[0], "--run", name, str(seed), "--work", str(work)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        if done.returncode:
-            raise SystemExit(f"error: {name}, seed {seed}:\n{done.stderr[-3000:]}")
-
-    pool = ThreadPoolExecutor(jobs)
-    try:
-        runs = [pool.submit(run, *job) for job in missing]
-        for done in tqdm(as_completed(runs), total=len(runs), unit="run"):
-            done.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    """Runs what has no result yet, `jobs` at a time, each in a process of its own."""
+    known = results(work)
+    known = known[known["settings"] != PRINTED]
+    done = set(zip(known["arm"], known["seed"]))
+    missing = [(name, seed) for seed in seeds for name in names if (name, seed) not in done]
+    for policy in {policy_of(ARMS[name], seed, work) for name, seed in missing}:
+        make_policy(policy)
+    # A server that has imported everything and has no threads forks a process for each run.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__"])
+    with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:
+        runs = [pool.submit(one_run, name, seed, work) for name, seed in missing]
+        try:
+            for run in tqdm(as_completed(runs), total=len(runs), unit="run"):
+                run.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-# ------------------------------------------------------------------------------------- 4. report
+def results(work: Path) -> pd.DataFrame:
+    """A line for each run that is known: those of study.csv, and the files of the work folder."""
+    lines = []
+    if TABLE.exists():
+        lines = pd.read_csv(TABLE, dtype={"settings": str}).to_dict("records")
+    for name in ARMS:
+        for file in work.glob(result_file(work, name, 0).name.replace("-seed0-", "-seed*-")):
+            line = {"arm": name, "seed": int(re.search(r"-seed(\d+)-", file.name)[1])}
+            line["settings"] = settings(name)
+            for column, value in json.loads(file.read_text()).items():
+                if column in MEASURES or re.match(COLUMNS, column):
+                    line[column] = round(value, 6)
+            lines.append(line)
+    frame = pd.DataFrame(lines, columns=None if lines else ["arm", "seed", "settings"])
+    frame = frame[frame["arm"].isin(ARMS.keys())]
+    current = frame["settings"] == frame["arm"].map(settings)
+    # A run takes the place of what the first edition printed of it.
+    frame = pd.concat([frame[frame["settings"] == PRINTED], frame[current]])
+    frame = frame.drop_duplicates(["arm", "seed"], keep="last")
+    place = {name: i for i, name in enumerate(ARMS)}
+    return frame.sort_values(["arm", "seed"], key=lambda column: column.map(place).fillna(column))
+
+
+# ------------------------------------------------------------------------------------- 5. report
 
 
 def statistics(values) -> dict:
     """Mean, half of the 95 % interval (t), two-sided p of mean 0, and the mean that n values with
     this spread detect with 80 % power at the 5 % level, (t_0.975 + t_0.8) s / sqrt(n)."""
     values = np.asarray(values, dtype=float)
-    n, mean = len(values), values.mean()
+    n = len(values)
+    mean = values.mean()
     if n < 2:
-        return {"mean": mean, "half": math.nan, "p": math.nan, "detectable": math.nan}
+        return {"n": n, "mean": mean, "half": math.nan, "p": math.nan, "detectable": math.nan}
     from scipy import stats  # here, since one seed, as in the quick test, does without it
 
     error = stats.sem(values)
-    low, high = stats.t.ppf([0.8, 0.975], n - 1)
-    p = stats.ttest_1samp(values, 0).pvalue if error else float(mean == 0)
-    return {"mean": mean, "half": high * error, "p": p, "detectable": (high + low) * error}
+    t_80, t_975 = stats.t.ppf([0.8, 0.975], n - 1)
+    p = float(mean == 0)
+    if error:
+        p = stats.ttest_1samp(values, 0).pvalue
+    detectable = (t_975 + t_80) * error
+    return {"n": n, "mean": mean, "half": t_975 * error, "p": p, "detectable": detectable}
+
+
+def paired(runs: pd.DataFrame, measure: str, arm: str, other: str) -> pd.Series:
+    """The difference at each seed that both arms have."""
+    if measure not in runs or not {arm, other} <= set(runs["arm"]):
+        return pd.Series(dtype=float)
+    by_arm = runs.set_index(["arm", "seed"])[measure]
+    return (by_arm[arm] - by_arm[other]).dropna()
+
+
+def compared(runs: pd.DataFrame) -> pd.DataFrame:
+    """Every claim's arm minus arm, paired by seed."""
+    lines = []
+    for claim, measure, arm, other in CLAIMS:
+        differences = paired(runs, measure, arm, other)
+        if differences.empty:
+            continue
+        s = statistics(differences)
+        line = {
+            "claim": claim, "difference": f"{arm} − {other}", "of": measure, "seeds": s["n"],
+            "mean": f"{s['mean']:+.3f}", "p": s["p"], "detectable": "-", "reading": "one seed",
+        }  # fmt: skip
+        if s["n"] > 1:
+            low = s["mean"] - s["half"]
+            high = s["mean"] + s["half"]
+            line["mean"] += f" [{low:+.3f}, {high:+.3f}]"
+            line["detectable"] = f"{s['detectable']:.3f}"
+            line["reading"] = "no difference shown"
+        if s["p"] < 0.05:
+            line["reading"] = "higher" if s["mean"] > 0 else "lower"
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def levels(runs: pd.DataFrame, columns) -> pd.DataFrame:
+    """Each arm's means with 95 % intervals, of the columns that hold anything."""
+
+    def interval(values):
+        known = values.dropna()
+        if known.empty:
+            return "-"
+        s = statistics(known)
+        text = f"{s['mean']:.3f}"
+        if s["n"] > 1:
+            text += f" ± {s['half']:.3f}"
+        if s["n"] < len(values):
+            text += f" (n = {s['n']})"
+        return text
+
+    by_arm = runs.groupby("arm", sort=False)
+    table = pd.DataFrame({"seeds": by_arm.size()})
+    for column in columns:
+        if runs[column].notna().any():
+            table[column] = by_arm[column].agg(interval)
+    return table.reset_index()
+
+
+def spent(runs: pd.DataFrame) -> pd.DataFrame:
+    """Means of what each arm spent."""
+    names = {f"spent {unit}": f"{unit} spent" for unit in ("steps", "stage-2 steps", *UNITS)}
+    means = runs.groupby("arm", sort=False)[list(names)].mean().rename(columns=names)
+    return means.map(lambda mean: "-" if math.isnan(mean) else f"{mean:,.4g}").reset_index()
 
 
 def markdown(frame: pd.DataFrame) -> str:
@@ -349,122 +674,151 @@ def markdown(frame: pd.DataFrame) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
-def results(names: list[str], seeds: range, work: Path) -> pd.DataFrame:
-    """A line for each arm and seed, as long as no arm misses the seed."""
-    lines = []
-    for seed in seeds:
-        files = {name: result_file(work, name, seed) for name in names}
-        if not all(file.exists() for file in files.values()):
-            break
-        for name, file in files.items():
-            lines.append({"arm": name, "seed": seed, **json.loads(file.read_text())})
-    return pd.DataFrame(lines)
-
-
-def levels(runs: pd.DataFrame) -> pd.DataFrame:
-    """Each arm's means, intervals, and what it spent."""
-    by_arm, interval = runs.groupby("arm", sort=False), "{mean:.3f} ± {half:.3f}"
-    table = by_arm[list(MEASURES)].agg(lambda values: interval.format(**statistics(values)))
-    for name in (f"spent {name}" for name in ("steps", "stage-2 steps", *UNITS)):
-        if name in runs:  # `vanilla` spends nothing
-            table[name] = by_arm[name].mean().fillna(0).map("{:,.1f}".format)
-    table["1,000 tokens"] = by_arm["tokens"].mean().div(1000).map("{:,.0f}".format)
-    by_seed = by_arm[SOLVED].agg(list)
-    table["accuracy by seed"] = [" ".join(map("{:.3f}".format, arm)) for arm in by_seed]
-    return table.reset_index()
-
-
-def compared(seeds: range, work: Path) -> pd.DataFrame:
-    """Every claim's arm minus arm, paired by seed."""
-    lines = []
-    for claim, measure, pattern, other, values in CLAIMS:
-        for value in values:
-            a, b = pattern.format(value), other.format(value)
-            runs = results([a, b], seeds, work)
-            if runs.empty:
-                continue
-            by_arm = runs.set_index(["arm", "seed"])[measure].astype(float)
-            s = statistics(by_arm[a] - by_arm[b])
-            low, high = s["mean"] - s["half"], s["mean"] + s["half"]
-            reading = "no difference shown" if s["p"] >= 0.05 else "-"  # one seed has no p
-            if s["p"] < 0.05:
-                reading = "higher" if s["mean"] > 0 else "lower"
-            lines.append({
-                "claim": claim, "difference": f"{a} − {b}", "of": measure,
-                "mean": f"{s['mean']:+.3f} [{low:+.3f}, {high:+.3f}]", "p": s["p"],
-                "detectable": f"{s['detectable']:.3f}", "reading": reading,
-            })  # fmt: skip
-    return pd.DataFrame(lines)
-
-
-def report(seeds: range, work: Path, output: Path) -> None:
-    """This study's section of RESULTS.md and its figure, of all groups that are there."""
-    claims, shown, text = compared(seeds, work), {}, []
-    for group, title in GROUPS.items():
-        runs = results([name for name in ARMS if ARMS[name].group == group], seeds, work)
-        if not runs.empty:
-            shown[title] = runs
-            note = f"`--groups {group}`, {runs['seed'].nunique()} of {len(seeds)} seeds"
-            text += [f"### {title}", note, markdown(levels(runs))]
+def report(runs: pd.DataFrame, output: Path) -> None:
+    """study.csv, the pictures, and this study's section of RESULTS.md, of all that is there."""
+    claims = compared(runs)
     if claims.empty:
-        sys.exit(f"error: no results in {work} yet")
-    m, readings = len(claims), Counter(claims["reading"])
+        sys.exit("error: there are no results to compare yet; name --groups to run")
+    readings = claims["reading"].value_counts()
+    bound = 0.05 / len(claims)
     summary = (
-        f"Of these {m} comparisons {readings['higher']} are higher and {readings['lower']} lower "
-        f"at p < 0.05 (chance alone: {m / 20:.1f}), {sum(claims['p'] < 0.05 / m)} also at "
-        f"Bonferroni's {0.05 / m:.5f}. The columns, and what may not be concluded: STUDY.md."
+        f"Of these {len(claims)} comparisons {readings.get('higher', 0)} are higher and "
+        f"{readings.get('lower', 0)} lower at p < 0.05 (chance alone: {len(claims) / 20:.1f}), "
+        f"{(claims['p'] < bound).sum()} also at Bonferroni's {bound:.5f}."
     )
-    claims["p"] = ["< 0.0001" if p < 1e-4 else f"{p:.4f}" for p in claims["p"]]
-    section = ["![accuracy by arm and seed](study.png)", markdown(claims), summary, *text]
+    claims["p"] = claims["p"].map("{:.4f}".format).replace({"0.0000": "< 0.0001", "nan": "-"})
+    section = [f"![{CAPTIONS['study']}](study.png)", markdown(claims), summary]
+    section.append(f"![{CAPTIONS['mechanism']}](mechanism.png)")
+    columns = pd.Index(runs.columns)
+    explaining = columns[columns.str.match("wrong steps|right steps|well-formed|log p")]
+    for group, title in GROUPS.items():
+        rows = runs[runs["arm"].map(lambda name: ARMS[name].group) == group]
+        if rows.empty:
+            continue
+        section += [f"### {title} (`{group}`)", markdown(levels(rows, MEASURES))]
+        if group in ("mechanism", "remedy", "long", "rate"):
+            section.append(markdown(levels(rows, explaining)))
+        if group == "mechanism":
+            untrained = rows[rows["arm"].str.endswith("vanilla")]
+            cosines_of = columns[columns.str.startswith("cosine")]
+            section += [CAPTIONS["cosines"], markdown(levels(untrained, cosines_of))]
+    section += ["### What the arms spent", markdown(spent(runs))]
+    absent = [name for name in ARMS if name not in set(runs["arm"])]
+    if absent:
+        section.append(f"**Not run yet**: {'; '.join(absent)}.")
     write_section(output / "RESULTS.md", "study.py", "\n\n".join(section))
-    draw(shown, output / "study.png")
+    runs.to_csv(output / "study.csv", index=False)
+    draw_all(runs, output)
+
+
+CAPTIONS = {
+    "study": "paired differences of every seed, and their means with 95 % intervals",
+    "mechanism": "accuracy and correction by kind of analysis and by who gets the credit",
+    "cosines": (
+        "Before training: the cosine between two gradients, of log p of some tokens of successful "
+        "corrections, along which credit to them moves the policy, and of log p of a value of the "
+        "first wrong step in a solution."
+    ),
+}
 
 
 def write_section(path: Path, name: str, text: str) -> None:
     """Puts `text` between this script's markers in a Markdown file; all around them stays."""
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    before, _, rest = (path.read_text() if path.exists() else "# Measured\n\n").partition(begin)
+    begin = f"<!-- {name}: begin -->"
+    end = f"<!-- {name}: end -->"
+    old = "# Measured\n\n"
+    if path.exists():
+        old = path.read_text()
+    before, _, rest = old.partition(begin)
     after = rest.partition(end)[2] or "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{before}{begin}\n## {name}\n\n{text}\n{end}{after}")
+    path.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
-def draw(shown: dict[str, pd.DataFrame], path: Path) -> None:
-    """A panel a table: held-out accuracy of every seed, and its mean with the 95 % interval."""
-    from matplotlib.figure import Figure
+GRAY = "#7d8590"  # of letters and lines: readable on white and on black
+PICTURED = (  # (arm, the arm that is subtracted)
+    ("ScRPO, samples", "GRPO"),
+    ("ScRPO, questions", "GRPO"),
+    ("ScRPO, questions", "GRPO, G = 10"),
+    ("ScRPO, seconds", "GRPO"),
+    ("recompute: analysis", "recompute: vanilla"),
+    ("verdict: analysis", "verdict: vanilla"),
+    ("quote: analysis", "quote: vanilla"),
+    ("quote: no quotes", "quote: vanilla"),
+    ("quote: all tokens", "quote: vanilla"),
+)
+CREDITS = {  # an arm of each kind of analysis: its colour
+    "vanilla": GRAY,
+    "analysis": "tab:orange",
+    "no quotes": "tab:olive",
+    "corrected solution": "tab:blue",
+    "all tokens": "tab:green",
+    "random tokens": "tab:purple",
+    "both signs": "tab:red",
+}
 
-    figure = Figure(figsize=(4.2 * len(shown), 4), layout="constrained")
-    axes = figure.subplots(1, len(shown), squeeze=False)[0]
-    axes[0].set_ylabel("held-out accuracy")
-    for axis, (title, runs) in zip(axes, shown.items()):
-        arms = runs.groupby("arm", sort=False)[SOLVED]
-        for x, (_, values) in enumerate(arms):
+
+def draw(path: Path, columns: dict[str, list[tuple]]) -> None:
+    """{title: [(label, values by seed, colour)]} -> a panel each: seeds, mean and 95 % interval.
+
+    900 pixels wide, transparent, with letters of 12 pixels.
+    """
+    matplotlib.rcParams.update({
+        "font.size": 9, "axes.titlesize": 9, "text.color": GRAY, "axes.labelcolor": GRAY,
+        "axes.edgecolor": GRAY, "xtick.color": GRAY, "ytick.color": GRAY, "savefig.dpi": 100,
+        "savefig.transparent": True, "axes.spines.top": False, "axes.spines.right": False,
+    })  # fmt: skip
+    labels = [label for label, *_ in next(iter(columns.values()))]
+    figure = Figure(figsize=(9, 0.7 + 0.27 * len(labels)), layout="constrained")
+    axes = figure.subplots(1, len(columns), squeeze=False, sharey=True)[0]
+    for axis, (title, rows) in zip(axes, columns.items()):
+        for y, (_, values, color) in enumerate(rows):
             s = statistics(values)
-            axis.plot([x] * len(values), values, ".", color="tab:gray", alpha=0.6)
-            axis.errorbar(x + 0.2, s["mean"], np.nan_to_num(s["half"]), fmt="o", capsize=3)
-        axis.set_xticks(range(len(arms)), [arm for arm, _ in arms], rotation=45, ha="right")
-        axis.set_title(title.replace(", ", ",\n"), fontsize="small")
-    figure.savefig(path, dpi=110)
+            axis.plot(values, [y + 0.2] * len(values), ".", color=color, ms=4, alpha=0.7)
+            half = np.nan_to_num(s["half"])
+            axis.errorbar(s["mean"], y - 0.1, xerr=half, fmt="o", color=color, capsize=3)
+        axis.axvline(0, color=GRAY)
+        axis.set_xlabel(title)
+        axis.set_ylim(len(labels) - 0.4, -0.6)
+        axis.grid(axis="x", color=GRAY, alpha=0.3)
+    axes[0].set_yticks(range(len(labels)), labels)
+    figure.savefig(path)
+
+
+def draw_all(runs: pd.DataFrame, output: Path) -> None:
+    rows = []
+    for arm, other in PICTURED:
+        differences = paired(runs, SOLVED, arm, other)
+        if len(differences):
+            rows.append((f"{arm} − {other}", differences, "tab:orange"))
+    draw(output / "study.png", {"difference of held-out accuracy, paired by seed": rows})
+    columns = {}
+    for measure in (SOLVED, CORRECTED):
+        rows = []
+        for kind in KINDS:
+            for credit, color in CREDITS.items():
+                values = runs.loc[runs["arm"] == f"{kind}: {credit}", measure].dropna()
+                if len(values):
+                    rows.append((f"{kind}: {credit}", values, color))
+        columns[f"{measure}, after stage 2 alone"] = rows
+    if rows:
+        draw(output / "mechanism.png", columns)
 
 
 def main() -> None:
     how = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=how)
-    parser.add_argument("--groups", nargs="*", default=list(GROUPS)[:4], help="of arms to run")
+    parser.add_argument("--groups", nargs="*", default=list(GROUPS), help="of arms to run")
     parser.add_argument("--seeds", type=int, default=8, help="0 .. n-1 of every arm")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/study", help="folder of results")
-    parser.add_argument("--output", type=Path, help="folder of RESULTS.md; default: --work's")
-    parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)  # one run, in its own process
+    parser.add_argument("--output", type=Path, help="folder of the report; default: --work's")
     options = parser.parse_args()
-    work, seeds = options.work.resolve(), range(options.seeds)
-    output = options.output or work
-    work.mkdir(parents=True, exist_ok=True)
-    if options.run:
-        return one_run(options.run[0], int(options.run[1]), work)
+    work = options.work.resolve()
+    (work / "policies").mkdir(parents=True, exist_ok=True)
     names = [name for name in ARMS if ARMS[name].group in options.groups]
-    run_all(names, seeds, options.jobs, work)
-    report(seeds, work, output)
+    if names:
+        run_all(names, range(options.seeds), options.jobs, work)
+    report(results(work), options.output or work)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,35 @@ def test_the_script_writes_these_files_and_a_seed_the_same_weights(tmp_path, mon
     assert written["chat_template"] == make_toy.CHAT_TEMPLATE
 
 
+JUDGED = {
+    "recompute": r"\d\+\d\+\d=\d\d( not \d\d)?",
+    "quote": r"\d\+\d\+\d=\d\d (right|wrong)",
+    "verdict": "(right|wrong)",
+}
+
+
+@pytest.mark.parametrize("analysis", make_toy.ANALYSES)
+def test_each_kind_of_analysis_says_what_it_should_and_can_be_read(analysis):
+    rng = random.Random(0)
+    teacher = make_toy.make_teacher(rng)
+    tokenizer = make_toy.make_tokenizer(analysis)
+    truths = []
+    for _ in range(300):
+        x, y = rng.randrange(100, 1000), rng.randrange(100, 1000)
+        turn, text = make_toy.demonstration(x, y, "correction", teacher, rng, analysis)
+        start, end, solution = find_correction(tokenizer.encode(text), tokenizer)
+        said = tokenizer.decode(tokenizer.encode(text)[start:end])
+        assert re.fullmatch(rf"\n?(Step \d: {JUDGED[analysis]}\n){{3}}", said)
+        assert re.fullmatch(SOLUTION, solution.strip())
+        wrong = turn.partition("Wrong solution:\n")[2].partition("\n\n")[0]
+        steps, truth = make_toy.read_steps(f"Add {x}+{y}", wrong)
+        if analysis == "quote":  # the wrong solution's own lines, whatever is said of them
+            assert re.sub(" (right|wrong)\n", "\n", said).strip() == wrong.partition("\n\\boxed")[0]
+        judged = make_toy.read_judgements(text, steps, truth)
+        truths += [is_wrong == says for is_wrong, says in judged]
+    assert 0.6 < sum(truths) / len(truths) < 0.95  # an imperfect teacher, but no coin
+
+
 def test_any_text_survives_the_tokenizer_and_digits_stand_alone():
     @settings(max_examples=200, deadline=None)
     @given(st.text(st.characters(exclude_categories=["Cs"])))

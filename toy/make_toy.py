@@ -3,6 +3,7 @@
     python toy/make_toy.py                                 # writes over toy/ itself
     python toy/make_toy.py --output /tmp/toy --seed 1      # another policy, with other misconceptions
     python toy/make_toy.py --output /tmp/toy --digits 4    # longer sums, of which it gets fewer right
+    python toy/make_toy.py --output /tmp/toy --analysis quote   # analyses that judge and do not compute
 
 The toy exists so that both stages of ScRPO can be watched at work without a GPU. It needs a policy whose
 errors have structure, which puts about half of them right when asked to, and which learns within a few dozen
@@ -40,6 +41,21 @@ steps.
    right iff the analysis is, and a gradient on the analysis alone (Eq. 12) has something to teach. Not an
    analysis that only names the first wrong step: a policy taught so never learned to find it.
 
+   --analysis decides what an analysis says, and so what practising it can transfer to solving. quote and verdict
+   judge each line by itself, by the same second look at its digits and its carry; the corrected solution has
+   the value that was found, unless the carry is another one by now.
+
+       recompute (the default)      quote                      verdict
+       Step 1: 4+4+0=08             Step 1: 4+4+0=08 right     Step 1: right
+       Step 2: 6+9+0=15 not 16      Step 2: 6+9+0=16 wrong     Step 2: wrong
+       Step 3: 9+4+1=14             Step 3: 9+4+1=14 right     Step 3: right
+
+   recompute holds the solution's own lines, so a better analysis is a better solution. quote holds the wrong
+   solution's lines with a judgement on each: to judge a line one must know its value, but no token computes
+   one, and a wrong line stands there as it was. verdict holds judgements only: no digit of a value at all.
+   In 600 steps all three learn to correct half of the errors, but not all to judge: quote's judgements are a
+   little better than chance, verdict's are not (bench/RESULTS.md). More --steps may change that.
+
 4. Policy. 0.3 million parameters in Qwen3's architecture, which every engine knows, trained from scratch on
    fresh demonstrations, solutions and corrections in separate batches, with the loss on response tokens. Muon
    on the matrices and AdamW on the rest: AdamW alone takes two to three times as long. It never sees a test
@@ -55,6 +71,7 @@ Everything about the toy is [ours]; the paper has nothing like it.
 import argparse
 import json
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -127,13 +144,22 @@ def solve(x, y, teacher, rng):
     return walk(x, y, lambda place, fact: ask(teacher, fact, rng))
 
 
-def correct(x, y, wrong, teacher, rng):
-    """The steps of the teacher's second look at the steps `wrong`; see 3 above."""
+def look_again(fact, old, teacher, rng):
+    """The teacher's second look at one value; see 3 above."""
+    if old == sum(fact):
+        return old if rng.random() < 0.85 else ask(teacher, fact, rng)
+    return ask(teacher, fact, rng, excluded=old if rng.random() < 0.75 else None)
+
+
+def correct(x, y, wrong, teacher, rng, judged=None):
+    """The steps of the teacher's second look at the steps `wrong`, carries brought up to date.
+
+    judged: the values that it found when it looked at each line of `wrong` by itself, if it did.
+    """
     def second_look(place, fact):
-        old = wrong[place][-1]
-        if old == sum(fact):  # right for the carry as it is now
-            return old if rng.random() < 0.85 else ask(teacher, fact, rng)
-        return ask(teacher, fact, rng, excluded=old if rng.random() < 0.75 else None)
+        if judged and fact == wrong[place][:3]:
+            return judged[place]
+        return look_again(fact, wrong[place][-1], teacher, rng)
 
     return walk(x, y, second_look)
 
@@ -149,6 +175,11 @@ def problem_text(x, y):
     return f"Add {x}+{y} digit by digit."
 
 
+def step_text(n, step):
+    a, b, carry, value = step
+    return f"Step {n}: {a}+{b}+{carry}={value:02d}"
+
+
 def solution_text(steps):
     r"""
     >>> print(solution_text([(4, 4, 0, 8), (6, 9, 0, 15), (9, 4, 1, 14)]))
@@ -157,14 +188,32 @@ def solution_text(steps):
     Step 3: 9+4+1=14
     \boxed{1458}
     """
-    lines = [f"Step {n}: {a}+{b}+{carry}={value:02d}" for n, (a, b, carry, value) in enumerate(steps, 1)]
+    lines = [step_text(n, step) for n, step in enumerate(steps, 1)]
     *lower, highest = (value for *_, value in steps)  # of the highest step both digits count
     total = sum(value % 10 * 10**place for place, value in enumerate(lower)) + highest * 10 ** len(lower)
     return "\n".join([*lines, f"\\boxed{{{total}}}"])
 
 
-def correction_text(steps, wrong):
-    r"""
+ANALYSES = ("recompute", "quote", "verdict")
+
+
+def analysis_line(n, new, old, judged, analysis):
+    """What an analysis says about step n: `new` is the corrected step, `old` the wrong solution's, and `judged`
+    what that line should say by itself.
+
+    >>> step = 2, (6, 9, 0, 15), (6, 9, 0, 16), 15
+    >>> [analysis_line(*step, analysis) for analysis in ANALYSES]
+    ['Step 2: 6+9+0=15 not 16', 'Step 2: 6+9+0=16 wrong', 'Step 2: wrong']
+    """
+    if analysis == "recompute":
+        return step_text(n, new) if new[-1] == old[-1] else f"{step_text(n, new)} not {old[-1]:02d}"
+    judgement = "right" if judged == old[-1] else "wrong"
+    return f"{step_text(n, old)} {judgement}" if analysis == "quote" else f"Step {n}: {judgement}"
+
+
+def correction_text(steps, wrong, analysis="recompute", judged=None):
+    r"""The steps `wrong` analysed, then corrected. Without `judged` each line is judged rightly.
+
     >>> wrong = [(4, 4, 0, 18), (6, 9, 1, 16), (9, 4, 1, 14)]
     >>> print(correction_text(walk(964, 494, lambda place, fact: sum(fact)), wrong))
     Analysis:
@@ -178,12 +227,68 @@ def correction_text(steps, wrong):
     \boxed{1458}
     """
     solution = solution_text(steps)
-    analysis = [line if new[-1] == old[-1] else f"{line} not {old[-1]:02d}"
-                for line, new, old in zip(solution.split("\n"), steps, wrong)]
-    return "\n".join(["Analysis:", *analysis, "Corrected Solution:", solution])
+    judged = judged or [sum(fact) for *fact, _ in wrong]
+    places = enumerate(zip(steps, wrong, judged), 1)
+    lines = [analysis_line(n, new, old, value, analysis) for n, (new, old, value) in places]
+    return "\n".join(["Analysis:", *lines, "Corrected Solution:", solution])
 
 
-def demonstration(x, y, kind, teacher, rng):
+def read_steps(problem, solution):
+    r"""(steps as they stand there, right steps); None for a solution that is right or out of form.
+
+    >>> read_steps("Add 64+94 digit by digit.", "Step 1: 4+4+0=09\nStep 2: 6+9+0=15\n\\boxed{159}")
+    ([(4, 4, 0, 9), (6, 9, 0, 15)], [(4, 4, 0, 8), (6, 9, 0, 15)])
+    """
+    x, y = (int(number) for number in re.search(r"(\d+)\+(\d+)", problem).groups())
+    found = re.findall(r"^Step \d: (\d)\+(\d)\+(\d)=(\d\d)$", solution, re.MULTILINE)
+    steps = [tuple(int(number) for number in step) for step in found]
+    truth = walk(x, y, lambda place, fact: sum(fact))
+    in_form = len(steps) == len(truth) and solution_text(steps) == solution
+    right = [value for *_, value in steps] == [value for *_, value in truth]
+    return (steps, truth) if in_form and not right else None
+
+
+def read_judgements(correction, steps, truth):
+    r"""(is the step wrong?, does the analysis call it wrong?) of each step; None: it does not say.
+
+    Left out are steps that are right or wrong only because of the carry that they were given.
+
+    >>> said = "Analysis:\nStep 1: 4+4+0=08 not 09\nStep 2: right\nCorrected Solution:\n"
+    >>> steps = [(4, 4, 0, 9), (6, 9, 1, 16), (9, 4, 1, 14)]
+    >>> read_judgements(said, steps, walk(964, 494, lambda place, fact: sum(fact)))
+    [(True, True), (False, None)]
+    """
+    analysis = correction.partition("Corrected Solution:")[0]
+    lines = dict(re.findall(r"^Step (\d): (.*)$", analysis, re.MULTILINE))
+    judgements = []
+    for n, (step, true) in enumerate(zip(steps, truth), 1):
+        is_wrong = step[-1] != true[-1]
+        if is_wrong == (step[-1] != sum(step[:3])):
+            line = lines.get(str(n))
+            judgements.append((is_wrong, line and (line.endswith("wrong") or " not " in line)))
+    return judgements
+
+
+def until_wrong_value(problem, steps, truth, where, analysis="recompute"):
+    r"""(user turn, response up to a value, the right value, the wrong one), of the first wrong step.
+
+    where: "solution", "analysis" or "corrected solution", the text that the value stands in.
+
+    >>> steps, truth = read_steps("Add 64+94 digit by digit.", "Step 1: 4+4+0=09\nStep 2: 6+9+0=15\n\\boxed{159}")
+    >>> until_wrong_value("Add 64+94 digit by digit.", steps, truth, "analysis")[1:]
+    ('Analysis:\nStep 1: 4+4+0=', '08', '09')
+    """
+    first = [step[-1] != true[-1] for step, true in zip(steps, truth)].index(True)
+    user_turn, text = solution_prompt(problem), solution_text(truth)
+    if where != "solution":
+        user_turn = correction_prompt(problem, solution_text(steps))
+        text = correction_text(truth, steps, analysis)
+    start = text.index("Corrected Solution:") if where == "corrected solution" else 0
+    value = text.index("=", text.index(f"Step {first + 1}: ", start)) + 1
+    return user_turn, text[:value], f"{truth[first][-1]:02d}", f"{steps[first][-1]:02d}"
+
+
+def demonstration(x, y, kind, teacher, rng, analysis):
     """(user turn, response) of one "solution" or one "correction"."""
     steps = solve(x, y, teacher, rng)
     if kind == "solution":
@@ -191,7 +296,10 @@ def demonstration(x, y, kind, teacher, rng):
     while all(value == sum(fact) for *fact, value in steps):  # a correction needs a wrong solution
         steps = solve(x, y, teacher, rng)
     user_turn = correction_prompt(problem_text(x, y), solution_text(steps))
-    return user_turn, correction_text(correct(x, y, steps, teacher, rng), steps)
+    judged = None
+    if analysis != "recompute":
+        judged = [look_again(step[:3], step[-1], teacher, rng) for step in steps]
+    return user_turn, correction_text(correct(x, y, steps, teacher, rng, judged), steps, analysis, judged)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -207,7 +315,7 @@ def write_problems(folder, rng, digits, n_train=6000, n_test=1000):
     return pairs[:n_test]
 
 
-def make_tokenizer():
+def make_tokenizer(analysis="recompute"):
     r"""Byte-level BPE without merges: what stands between digits and newlines is a phrase, a token, or bytes.
 
     Not merges learned from demonstrations: each merge on the way to a phrase would cost the embedding a row.
@@ -222,7 +330,7 @@ def make_tokenizer():
     vocabulary = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     problem, steps, others = problem_text(964, 494), [(4, 4, 0, 8)] * 3, [(4, 4, 0, 9)] * 3
     for text in (solution_prompt(problem), correction_prompt(problem, solution_text(steps)),
-                 correction_text(steps, others)):
+                 correction_text(steps, others, analysis), correction_text(steps, steps, analysis)):
         for phrase, _ in pieces.pre_tokenize_str(text):
             vocabulary.setdefault(phrase, len(vocabulary))
     # ignore_merges: a piece that is in the vocabulary is a token as it stands.
@@ -259,7 +367,9 @@ def batch_of(demonstrations, tokenizer):
     return pad_sequence(ids, True, tokenizer.pad_token_id), pad_sequence(labels, True, -100)
 
 
-def train(model, tokenizer, teacher, unseen, digits, steps, rng, batch_size=64, solutions=0.58):
+def train(
+    model, tokenizer, teacher, unseen, digits, analysis, steps, rng, batch_size=64, solutions=0.58
+):
     """Supervised learning on fresh demonstrations of problems that are not in `unseen`.
 
     Solutions take the share `solutions` of batches. Both learning rates fall linearly to 0.
@@ -276,7 +386,7 @@ def train(model, tokenizer, teacher, unseen, digits, steps, rng, batch_size=64, 
         while len(demonstrations) < batch_size:
             x, y = (rng.randrange(10 ** (digits - 1), 10**digits) for _ in range(2))
             if (x, y) not in unseen:
-                demonstrations.append(demonstration(x, y, kind, teacher, rng))
+                demonstrations.append(demonstration(x, y, kind, teacher, rng, analysis))
         input_ids, labels = batch_of(demonstrations, tokenizer)
         loss = model(input_ids=input_ids, labels=labels).loss  # no mask needed: the padding comes last
         loss.backward()
@@ -338,6 +448,7 @@ def main():
     parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder to write to")
     parser.add_argument("--seed", type=int, default=0, help="of teacher, problems, demonstrations and policy")
     parser.add_argument("--digits", type=int, default=3, help="of each number")
+    parser.add_argument("--analysis", choices=ANALYSES, default="recompute", help="what an analysis says; see 3")
     parser.add_argument("--steps", type=int, default=600, help="optimizer steps of supervised learning")
     parser.add_argument("--measure", type=int, default=1000, help="test problems of the final measurement")
     args = parser.parse_args()
@@ -347,9 +458,9 @@ def main():
 
     teacher = make_teacher(rng)
     test_pairs = write_problems(args.output, rng, args.digits)
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(args.analysis)
     model = make_policy(tokenizer)
-    train(model, tokenizer, teacher, set(test_pairs), args.digits, args.steps, rng)
+    train(model, tokenizer, teacher, set(test_pairs), args.digits, args.analysis, args.steps, rng)
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output, save_jinja_files=False)  # template: in tokenizer_config.json
     measure(model, tokenizer, test_pairs[:args.measure])
