@@ -142,6 +142,8 @@ def make_arms() -> dict[str, Arm]:
         untrained = Arm("mechanism", "corrections", 0, f"{alone} --steps 0", "", kind, True)
         arms[f"{kind}: vanilla"] = untrained
         for group, name, flags, fork in stage2:
+            if (kind, fork) == ("verdict", "no quotes"):  # it quotes nothing
+                continue
             arm = Arm(group, "corrections", CORRECTIONS, f"{alone}{flags}", fork, kind, True)
             arms[f"{kind}: {name}"] = arm
         look = f"{size} --train_stages 2 --errors_per_question 8 --eval_questions 500"
