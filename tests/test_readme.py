@@ -69,10 +69,13 @@ def test_linked_files_exist():
 
 
 def test_what_the_readme_shows_of_the_study_is_in_its_results():
-    results = (ROOT / "bench" / "RESULTS.md").read_text(encoding="utf-8").splitlines()
-    begin, end = "<!-- study.py: begin -->\n", "<!-- study.py: end -->"
-    shown = README.partition(begin)[2].partition(end)[0].strip().splitlines()
-    assert len(shown) > 4 and all(line in results for line in shown)
+    """Every row's seeds, difference, p and detectable difference stand together in RESULTS.md."""
+    results = (ROOT / "bench" / "RESULTS.md").read_text(encoding="utf-8")
+    shown = README.partition("## Does it work?")[2].partition("\n## ")[0]
+    figures = re.findall(r"^\|[^|]+(\| \d+ \| [-+]\d.*\|)$", shown, re.M)
+    assert len(figures) >= 5 and all(row in results for row in figures)
+    for difference, p in re.findall(r"\(([-+][\d.]+ \[.*?\]), p ([\d.]+)\)", shown):
+        assert f"{difference} | {p} |" in results
 
 
 def test_length_and_what_the_first_screen_shows():
