@@ -274,14 +274,17 @@ def judge(gold: str, answer: str, problem: str) -> str:
 
 
 def copied(answer: str, gold: str, problem: str) -> bool:
-    """Whether the answer is an expression of the problem, and the gold another one."""
+    """Whether the answer stands in the problem, and the gold is more than another notation of it.
+
+    A repeating decimal that the problem gives is to be turned into a fraction.
+    """
     def bare(text):  # without spaces, brackets and fonts, and with $ where a formula ends
         text = re.sub(r"\\[\[\]()]", "$", re.sub(r"\\[dt]frac", r"\\frac", text))
         return re.sub(r"[\s{}()]|\\(?:left|right|displaystyle|text|[,;:!])", "", text)
 
     if not re.search(rf"(?<![\w.]){re.escape(bare(answer))}(?!\w)", bare(problem)):
         return False
-    return bare(tidy(answer)) != bare(sides(tidy(gold))[-1])  # \$18 is 18
+    return r"\overline" in answer or bare(tidy(answer)) != bare(sides(tidy(gold))[-1])  # \$18 is 18
 
 
 def sides(text: str) -> list[str]:
@@ -446,8 +449,10 @@ def undone(text: str) -> set:
             if len(sympy.Add.make_args(node.doit())) < len(node.args):
                 kinds.add("sum")  # 964 + 494, but not 1 + \sqrt{2}
         elif isinstance(node, sympy.Mul):  # 2 \cdot 3, 6\pi / 2, (1 - i)(1 + i), but not 5\pi / 2
-            numbers = [part for part in node.args if part.is_number and abs(part) != 1]
-            factors = [number for number in numbers if not number.has(sympy.Function)]
+            factors = [
+                part for part in node.args
+                if part.is_number and abs(part) != 1 and not part.has(sympy.Function)
+            ]
             product = sympy.Mul(*factors, evaluate=False)
             brackets = sum(factor.is_Add for factor in factors)
             if brackets > 1 or product.doit().count_ops() < product.count_ops():

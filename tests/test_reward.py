@@ -99,6 +99,7 @@ def test_benchmark_golds(name, grader):
 COPIES = {  # (problem, gold): what a response may copy out of it; the gold itself is right
     (r"Simplify $\sqrt{242}$.", r"11\sqrt2"): [r"\sqrt{242}", r"\sqrt {242}", r"{\sqrt{242}}"],
     (r"Write \[(2x^3)^3.\] without brackets", "8x^9"): ["(2x^3)^3", r"\left( 2x^3 \right)^3"],
+    (r"Which fraction is $0.4\overline5$?", r"\frac{41}{90}"): [r"0.4\overline5"],
     (r"Which fraction is $0.375$?", r"\frac{3}{8}"): ["0.375"],
     (r"If $y = x = 4$, find $x$.", "4"): ["x = 4"],
     (r"Is $f(x)=x^2-1$ zero? Factor \(x^2 - 1\).", "(x-1)(x+1)"): ["x^2-1", "x^2 - 1"],
