@@ -75,6 +75,7 @@ class EvalConfig:
         return self.k or K.get(name, 4)
 
     def file(self, name: str) -> Path:
+        """Where this benchmark's completions are."""
         return Path(self.output, "completions", f"{name}.jsonl")
 
 

@@ -84,9 +84,10 @@ class Grader(contextlib.ExitStack):
         self.idle = [None] * workers  # None: a worker that is yet to be started
 
     def verdicts(self, responses, golds, problems=None) -> list[str]:
-        """Each "right", "wrong" or "ungradable": late, out of memory, a gold nobody can read.
+        """For each response "right", "wrong" or "ungradable" (late, too large, a gold not read).
 
-        With the problems, an answer that is copied out of its problem is wrong, be it equal or not.
+        With the problems, an answer copied out of its problem is wrong even if it equals the gold,
+        unless it is the gold as written.
         """
         pairs = zip(responses, golds, problems or [""] * len(golds), strict=True)
         jobs = [(gold.strip(), final_answer(text), problem) for text, gold, problem in pairs]
@@ -161,7 +162,9 @@ def find_correction(token_ids: list[int], tokenizer, span="sections") -> Correct
     stop = after + solution[0].start()
     if not any(map(str.isalnum, text[begin:stop])):  # nothing between them, or the wrong way round
         return None
-    counts = range(len(token_ids) + 1)  # by bisection: each look costs time of order n
+    # start: the fewest tokens that hold all text before the analysis. end: the most tokens whose
+    # text does not pass the next header. By bisection, because each look costs time of order n.
+    counts = range(len(token_ids) + 1)
     start = 0 if span == "prefix" else bisect.bisect_left(counts, begin, key=whole)
     end = bisect.bisect_right(counts, stop, key=lambda k: len(text_of(k))) - 1
     return Correction(start, max(start, end), text[after + solution[0].end():])  # Eq. 12
@@ -175,6 +178,8 @@ def header(name):
                       rf"(?:{space}:{marks}|(?={space}$))", re.IGNORECASE | re.MULTILINE)
 
 
+# CHANGE: words after which a number means another one, so that no unit before them is cut off.
+# TEXT and WORD: what may be a unit, written as \text{...} or plainly; single letters are variables.
 CHANGE = (r"(?i:\b(?:or|and|not|plus|minus|times|over|to|point|factorial|choose|base|binary|squared"
           r"|cubed|hal(?:f|ves)|hundred|thousand|\w+illion|least|most|less|fewer|except|unless|if"
           r"|false|wrong|is|pi)\b|(?:thirds?|(?!months)\b\w+ths?|more)\W*$)")  # 7 million is not 7
@@ -416,7 +421,10 @@ def equal(gold, answer):
 
 
 def exact(gold, answer, *digits):
-    """Takes the place of math-verify's comparison, to which 2^-99 and 2^-98 are equal."""
+    """Takes the place of math-verify's comparison, to which 2^-99 and 2^-98 are equal.
+
+    The `digits` of its precision are ignored: the comparison is exact.
+    """
     a = gold.doit()
     b = answer.doit()
     if isinstance(a, sympy.MatrixBase) and isinstance(b, sympy.MatrixBase):
