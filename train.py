@@ -1213,7 +1213,8 @@ def assert_nothing_is_lost(run: Run) -> None:
     """Without a checkpoint a run starts again, unless one had been saved and has disappeared."""
     metrics = run.output / "metrics.jsonl"
     steps = [line["step"] for line in read_lines(metrics)] if metrics.exists() else []
-    if (run.output / "final").exists() or max(steps, default=0) >= run.config.save_every:
+    # A step beyond the first that is saved is logged only once that one is saved.
+    if (run.output / "final").exists() or max(steps, default=0) > run.config.save_every:
         fail(f"{run.output} holds the results of a run, but no checkpoint to resume from; restore "
              "its checkpoints/, or name another --output_dir")
 
